@@ -33,12 +33,12 @@ from tests.bench import cni
 from tests.bench import healing
 from tests.support import kuryr
 from tests.support import lab
+from tests.support import program
 
 FILE = pathlib.Path(__file__).with_name('ratios.json')
 TOLERANCE = 2.0
 RUNS = 3
 PODS = 250
-PROGRAM = cni.PROGRAM
 #: The baseline for the start of a program
 PYTHON = (sys.executable, '-c', 'import argparse, json')
 
@@ -117,9 +117,9 @@ def _starts(node: bench.Node) -> Iterator[tuple[str, float]]:
 
     node.resize(PODS)
     # These pods have no interfaces, so status finds problems and exits with 1.
-    status = '%s status || [ $? = 1 ]' % PROGRAM
+    status = '%s status || [ $? = 1 ]' % program.BREAK0
     yield from _ratios(_least({
-        'python': run(*PYTHON), '--version': run(PROGRAM, '--version'),
+        'python': run(*PYTHON), '--version': run(program.BREAK0, '--version'),
         'status': run('sh', '-c', status)}, 8))
 
 
@@ -127,7 +127,8 @@ def _agent(node: bench.Node) -> Iterator[tuple[str, float]]:
     """Yield the agent's memory after it has restored break0 three times."""
     node.resize(PODS)
     agent = subprocess.Popen(
-        [PROGRAM, 'agent'], env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
+        [program.BREAK0, 'agent'],
+        env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with subprocess.Popen([sys.executable, '-c', 'input()'],
                           stdin=subprocess.PIPE) as python:

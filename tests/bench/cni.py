@@ -10,7 +10,6 @@ import pathlib
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from typing import Any
 
@@ -20,10 +19,10 @@ from tests.bench import Node
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import timed
+from tests.support import program
 
 PLUGINS = '/usr/lib/cni'
 SHIM = pathlib.Path(__file__).parents[2] / 'build/cni/break0'
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 CONF = '/run/bench.conf'
 #: tuning as it is usually chained, with one sysctl
 TUNING = {'type': 'tuning', 'sysctl': {'net.ipv4.conf.eth0.arp_notify': '1'}}
@@ -41,14 +40,14 @@ def adds(node: Node, repeat: int) -> Section:
     open(CONF, 'w').close()
     with open('/run/script', 'w') as file:
         file.write('#!/bin/sh\nexec %s --config-file %s cni\n'
-                   % (PROGRAM, CONF))
+                   % (program.BREAK0, CONF))
     os.chmod('/run/script', 0o755)
     for name in ('config', 'previous'):
         open('/run/' + name, 'w').close()
     netns = node.lab.add_netns('container')
     with open('/run/agent.log', 'w') as log:
-        agent = subprocess.Popen([PROGRAM, '--config-file', CONF, 'agent'],
-                                 stderr=log)
+        agent = subprocess.Popen(
+            [program.BREAK0, '--config-file', CONF, 'agent'], stderr=log)
     try:
         deadline = time.monotonic() + 30
         while not os.path.exists('/run/kuryr-break0/cni.sock'):

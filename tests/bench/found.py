@@ -23,8 +23,8 @@ from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
 from tests.support import lab
+from tests.support import program
 
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 CONF = '/run/found.conf'
 ADDRESS = ipaddress.ip_address('100.75.30.61')
 #: Idle namespaces, and macvlans of the noisy container
@@ -157,7 +157,8 @@ def found(node: Node, repeat: int) -> Section:
         file.write('[break0]\ndiscover = true\nmetrics_bind =\n'
                    'allowed_cidrs = 100.75.30.0/24\n')
     agent = subprocess.Popen(
-        [PROGRAM, '--config-file', CONF, 'agent'], stdout=subprocess.DEVNULL,
+        [program.BREAK0, '--config-file', CONF, 'agent'],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL)
     many, macvlans = SIZES
     others: dict[str, ContextManager[None]] = {

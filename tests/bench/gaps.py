@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from typing import Callable, Optional
@@ -24,8 +23,8 @@ from tests.bench import Section
 from tests.bench import Target
 from tests.support import kuryr
 from tests.support import lab
+from tests.support import program
 
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 POD6 = ipaddress.ip_address('fd00:30::71')
 SUBNETS = [bench.SUBNET, ipaddress.ip_network('fd00:30::/64')]
 #: Seconds: the time-out of kubelet's probes. A segment that is lost while
@@ -111,7 +110,7 @@ def gaps(node: Node, repeat: int) -> Section:
 
     def start() -> None:
         agents.append(subprocess.Popen(
-            [PROGRAM, 'agent'],
+            [program.BREAK0, 'agent'],
             env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         # An agent that has repaired another pod's route has started.

@@ -9,7 +9,6 @@ import os
 import socket
 import statistics
 import subprocess
-import sys
 import time
 
 from kuryr_break0 import kernel
@@ -24,16 +23,17 @@ from tests.bench import say
 from tests.bench import Section
 from tests.bench import Times
 from tests.support import lab
+from tests.support import program
 
 PODS = 250
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 
 def repairs(node: Node, repeat: int) -> Section:
     """Delete break0, and measure its repair by the agent."""
     node.resize(PODS)
     agent = subprocess.Popen(
-        [PROGRAM, 'agent'], env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
+        [program.BREAK0, 'agent'],
+        env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         times, routes = deletions(node, min(max(repeat, 2), 21))

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
-import sys
 import time
 
 import psutil
@@ -20,9 +19,9 @@ from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
 from tests.bench import timed
+from tests.support import program
 
 SIZES = (250, 10000)
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 MIB = 2 ** 20
 MOST = 128 * MIB
 
@@ -38,7 +37,7 @@ def scale(node: Node, repeat: int) -> Section:
         node.resize(size)
         status[size] = statistics.median(
             timed(lambda: _status()) for _ in range(min(repeat, 5)))
-        agent = subprocess.Popen([PROGRAM, 'agent'], env=environ,
+        agent = subprocess.Popen([program.BREAK0, 'agent'], env=environ,
                                  stdout=subprocess.DEVNULL,
                                  stderr=subprocess.DEVNULL)
         try:
@@ -65,7 +64,7 @@ def scale(node: Node, repeat: int) -> Section:
 
 
 def _status() -> None:
-    done = subprocess.run([PROGRAM, 'status'], stdout=subprocess.PIPE,
+    done = subprocess.run([program.BREAK0, 'status'], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
     # 1 means that the node is out of sync; status has still run completely.
     if done.returncode not in (0, 1):

@@ -29,12 +29,12 @@ import psutil
 
 from kuryr_break0.break0 import guard
 from tests.bench import Broken
-from tests.bench.cni import PROGRAM
 from tests.bench.cni import SHIM
 from tests.bench import timed
 from tests.functional.cni import base as cni
 from tests.support import kuryr
 from tests.support import lab
+from tests.support import program
 
 OPTIONS = """\
 discover = true
@@ -245,7 +245,7 @@ class Soak:
     def _start_agent(self) -> subprocess.Popen[bytes]:
         with open(LOGS / 'agent.log', 'ab') as log:
             return subprocess.Popen(
-                [PROGRAM, '--config-file', CONF, 'agent'],
+                [program.BREAK0, '--config-file', CONF, 'agent'],
                 stdout=log, stderr=log)
 
     def _lose_state(self) -> None:
@@ -386,7 +386,7 @@ class Soak:
                 # record, so its entries stay until an operator deletes them.
                 self.lost = False
                 self.deleted += subprocess.run(
-                    [PROGRAM, '--config-file', CONF, 'sync',
+                    [program.BREAK0, '--config-file', CONF, 'sync',
                      '--delete-unclaimed'], text=True,
                     stdout=subprocess.PIPE).stdout.count('- route')
             if taken > ORDER:
@@ -417,7 +417,7 @@ class Soak:
             {'lo', 'eth0', 'break0', 'other'})
         for command in ('sync --dry-run', 'status'):
             done = subprocess.run(
-                [PROGRAM, '--config-file', CONF, *command.split()],
+                [program.BREAK0, '--config-file', CONF, *command.split()],
                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if done.returncode:
                 yield '%s: %s' % (command, done.stdout)

@@ -6,64 +6,19 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from typing import Any, Optional
 
 from kuryr_kubernetes.objects import vif as k_vif
 
-from tests.e2e.test_daemon import DaemonTestCase
-from tests.e2e.test_daemon import POD
-from tests.functional import test_json
+from tests.e2e.base import AdoptTestCase
+from tests.e2e.base import OTHER
+from tests.e2e.base import POD
+from tests.e2e.base import POD6
+from tests.e2e.base import SUBNETS
 from tests.support import kuryr
 from tests.support import lab
-from tests.support import program
-
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
-POD6 = 'fd00:30::71'
-OTHER = '100.75.30.72'
-SUBNETS = ['%s/%d' % (lab.LAN, lab.PREFIX), lab.LAN6 + '/64']
-
-
-class AdoptTestCase(DaemonTestCase):
-
-    def call(self, *args: str, code: int = 0, **environ: str) -> str:
-        """Run kuryr-break0 on the node, and return its output."""
-        done = program.run(
-            [PROGRAM, '--config-file', self.node.conf, *args], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, 'KUBERNETES_NODE_NAME': kuryr.NODENAME,
-                 **environ})
-        self.assertEqual(code, done.returncode, done.stdout + done.stderr)
-        # stderr has only the command's own error message.
-        self.assertEqual(code in (2, 3), bool(done.stderr), done.stderr)
-        return done.stderr if code in (2, 3) else done.stdout
-
-    def adopt(self, *args: str, code: int = 0,
-              **environ: str) -> dict[str, Any]:
-        """Run ``adopt``, and return its findings by pod and interface."""
-        findings = json.loads(self.call('adopt', '--json', *args, code=code,
-                                        **environ))
-        test_json.validator('adopt').validate(findings)
-        found = {'%(pod)s/%(ifname)s' % each: each for each in findings}
-        self.assertEqual(len(findings), len(found))
-        return found
-
-    def outcomes(self, *args: str, code: int = 0,
-                 **environ: str) -> dict[str, str]:
-        return {name: each['outcome'] for name, each in self.adopt(
-            *args, code=code, **environ).items()}
-
-    def running_pod(self, name: str, *addresses: str, ifname: str = 'eth0',
-                    **kwargs: Any) -> kuryr.Pod:
-        """Create a pod in API and lab, with a macvlan like Kuryr's."""
-        vif = kuryr.macvlan_vif(*addresses, subnets=[
-            subnet for subnet in SUBNETS
-            if any((':' in each) == (':' in subnet) for each in addresses)])
-        self.node.lab.add_pod(name, *addresses, mac=str(vif.address))
-        return self.node.add_pod(name, vif=vif,
-                                 netns='/run/netns/' + name, **kwargs)
 
 
 class TestWithTheDaemon(AdoptTestCase):

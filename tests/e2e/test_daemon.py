@@ -4,68 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
-import unittest
 
 import requests
 
+from tests.e2e.base import DaemonTestCase
+from tests.e2e.base import macvlans
+from tests.e2e.base import POD
 from tests.support import kuryr
 from tests.support import lab
-
-POD = '100.75.30.71'
-
-
-def macvlans(node: kuryr.Node) -> list[str]:
-    """Return the names of the macvlans in the node's own namespace."""
-    return [link['ifname'] for link in node.lab.ip('link', 'show')
-            if link.get('linkinfo', {}).get('info_kind') == 'macvlan']
-
-
-class DaemonTestCase(unittest.TestCase):
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.node = kuryr.Node()
-        self.node.__enter__()
-        self.addCleanup(self.node.__exit__)
-
-    def start_patient_daemon(self, break0: str = '') -> None:
-        """Start a daemon with long lock timeouts; see base.patient().
-
-        :param break0: lines of the section ``[break0]``
-        """
-        with open(os.path.join(self.node.dir, 'sitecustomize.py'),
-                  'w') as file:
-            file.write('from kuryr_break0 import ledger\n'
-                       'from kuryr_break0.ledger import journal\n'
-                       'ledger.Ledger.__init__.__defaults__ = (170,)\n'
-                       'journal._PATIENCE = 170\n')
-        self.node.start_daemon(break0, PYTHONPATH=self.node.dir)
-
-    def add(self, pod: kuryr.Pod) -> None:
-        """Send an ADD that must succeed."""
-        answer = self.node.request(pod, 'ADD')
-        self.assertEqual(202, answer.status, answer.body + self.node.errors())
-
-    def delete(self, pod: kuryr.Pod, **overrides: str) -> None:
-        answer = self.node.request(pod, 'DEL', **overrides)
-        self.assertEqual(204, answer.status, answer.body + self.node.errors())
-
-    def assert_reachable(self, pod: kuryr.Pod, expected: bool = True) -> None:
-        address = str(pod.vifs['eth0'].network.subnets.objects[0]
-                      .ips.objects[0].address)
-        self.assertEqual(
-            (expected, expected),
-            (self.node.lab.ping(address),
-             self.node.lab.ping(lab.NODE, pod.name)))
-
-    def probe(self, program: str) -> str:
-        """Run Python code in a process of its own, and return its output."""
-        return subprocess.run(
-            [sys.executable, '-W', 'ignore', '-c', textwrap.dedent(program)],
-            check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
 
 
 class TestPod(DaemonTestCase):

@@ -16,8 +16,6 @@ from tests.support import kuryr
 from tests.support import lab
 from tests.support import program
 
-PROGRAM = os.path.join(kuryr.BIN, 'kuryr-break0')
-
 
 class TestDoctor(unittest.TestCase):
     """The doctor examines a real kuryr-daemon and its bound pods."""
@@ -30,7 +28,7 @@ class TestDoctor(unittest.TestCase):
 
     def findings(self, **environ: str) -> dict[str, Any]:
         done = program.run(
-            [PROGRAM, '--config-file', self.node.conf, '--nodebug',
+            [program.BREAK0, '--config-file', self.node.conf, '--nodebug',
              '--nouse-journal', 'doctor', '--json'], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, **environ})
@@ -40,7 +38,7 @@ class TestDoctor(unittest.TestCase):
 
     def start_agent(self) -> None:
         agent = program.start(
-            [PROGRAM, '--config-file', self.node.conf, 'agent'],
+            [program.BREAK0, '--config-file', self.node.conf, 'agent'],
             stderr=subprocess.DEVNULL)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import subprocess
 
-from tests.e2e.test_daemon import DaemonTestCase
+from tests.e2e.base import DaemonTestCase
 from tests.support import kuryr
 from tests.support import lab
 

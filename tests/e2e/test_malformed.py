@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import requests
 
 from kuryr_break0 import manager
-from tests.e2e.test_daemon import DaemonTestCase
+from tests.e2e.base import DaemonTestCase
 from tests.functional import base
 from tests.support import kuryr
 from tests.support import lab

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Optional
 
-from tests.e2e.test_daemon import DaemonTestCase
+from tests.e2e.base import DaemonTestCase
 from tests.support import kuryr
 from tests.support import lab
 from tests.support import metrics
 from tests.support import program
-
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 
 class TestMetrics(DaemonTestCase):
@@ -20,7 +17,7 @@ class TestMetrics(DaemonTestCase):
 
     def start_agent(self) -> None:
         agent = program.start(
-            [PROGRAM, '--config-file', self.node.conf, '--log-file',
+            [program.BREAK0, '--config-file', self.node.conf, '--log-file',
              os.path.join(self.node.dir, 'agent.log'), 'agent'])
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

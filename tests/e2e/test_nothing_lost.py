@@ -10,19 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
-from typing import Iterator
+from typing import Any, Iterator
 
 import psutil
 import requests
 
-from tests.e2e.test_daemon import DaemonTestCase
-from tests.e2e.test_daemon import POD
+from tests.e2e.base import DaemonTestCase
+from tests.e2e.base import POD
 from tests.support import kuryr
 from tests.support import lab
 from tests.support import program
 
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 #: Seconds of killing agent and daemon at random
 SOAK = int(os.environ.get('SOAK_SECONDS', '30'))
@@ -52,7 +50,7 @@ class NothingLostTestCase(DaemonTestCase):
 
     def sync(self) -> None:
         """Run ``sync``, in place of the agent's timer."""
-        program.run([PROGRAM, '--config-file', self.node.conf, 'sync'],
+        program.run([program.BREAK0, '--config-file', self.node.conf, 'sync'],
                     stdout=subprocess.DEVNULL, check=True)
 
     def end_sandbox(self, pod: kuryr.Pod) -> None:
@@ -330,7 +328,7 @@ class TestAgentBeside(NothingLostTestCase):
 
     def start_agent(self) -> Any:
         agent = program.start(
-            [PROGRAM, '--config-file', self.node.conf, 'agent'],
+            [program.BREAK0, '--config-file', self.node.conf, 'agent'],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

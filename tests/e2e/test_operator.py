@@ -8,11 +8,10 @@ import signal
 import subprocess
 from typing import Any
 
-from tests.e2e.test_adopt import AdoptTestCase
-from tests.e2e.test_adopt import POD
-from tests.e2e.test_adopt import POD6
-from tests.e2e.test_adopt import PROGRAM
-from tests.e2e.test_adopt import SUBNETS
+from tests.e2e.base import AdoptTestCase
+from tests.e2e.base import POD
+from tests.e2e.base import POD6
+from tests.e2e.base import SUBNETS
 from tests.support import kuryr
 from tests.support import lab
 from tests.support import program
@@ -57,7 +56,7 @@ class TestOperator(AdoptTestCase):
 
     def in_sync(self) -> bool:
         return program.run(
-            [PROGRAM, '--config-file', self.node.conf, 'status'],
+            [program.BREAK0, '--config-file', self.node.conf, 'status'],
             stdout=subprocess.DEVNULL).returncode == 0
 
     def test_the_whole_way(self) -> None:
@@ -104,7 +103,7 @@ class TestOperator(AdoptTestCase):
 
         # The agent repairs a fault.
         agent = program.start(
-            [PROGRAM, '--config-file', self.node.conf, 'agent'],
+            [program.BREAK0, '--config-file', self.node.conf, 'agent'],
             stderr=subprocess.DEVNULL)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

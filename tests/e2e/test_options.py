@@ -7,16 +7,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from typing import Any
 
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import readers
-from tests.e2e.test_daemon import DaemonTestCase
-from tests.e2e.test_daemon import POD
+from tests.e2e.base import DaemonTestCase
+from tests.e2e.base import POD
 from tests.support import program
 
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 WRONG, RIGHT = ('allowed_cidrs = %s' % each for each in (
     '100.99.0.0/24', '100.75.30.0/24'))
 
@@ -25,7 +23,7 @@ class TestStaleOptions(DaemonTestCase):
 
     def call(self, *args: str) -> str:
         done = program.run(
-            [PROGRAM, '--config-file', self.node.conf, '--log-file',
+            [program.BREAK0, '--config-file', self.node.conf, '--log-file',
              '/run/command.log', *args], text=True, stdout=subprocess.PIPE,
             env={**os.environ, 'COLUMNS': '500'})
         return str(done.stdout)

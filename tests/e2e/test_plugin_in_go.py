@@ -13,7 +13,7 @@ import sys
 from typing import Any
 import unittest
 
-from tests.e2e import test_daemon
+from tests.e2e import base as e2e_base
 from tests.support import kuryr
 from tests.support import lab
 from tests.support import pages
@@ -26,7 +26,7 @@ POD, POD6 = '100.75.30.71', 'fd00:30::71'
 @unittest.skipUnless(SOURCES.is_dir() and shutil.which('go'),
                      'needs golang-go and the sources of Kuryr: '
                      'tools/kuryr-sources .venv/kuryr-sources')
-class TestPluginInGo(test_daemon.DaemonTestCase):
+class TestPluginInGo(e2e_base.DaemonTestCase):
 
     bin_dir: str
 

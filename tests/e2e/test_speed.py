@@ -10,11 +10,11 @@ import textwrap
 
 import psutil
 
-from tests.e2e import test_daemon
+from tests.e2e import base as e2e_base
 from tests.support import kuryr
 
 
-class TestRequests(test_daemon.DaemonTestCase):
+class TestRequests(e2e_base.DaemonTestCase):
     """A request's process imports nothing and skips old objects in GC."""
 
     # Text of sitecustomize.py, which Python imports when it starts.

@@ -17,8 +17,8 @@ from tests.functional import base
 from tests.functional.cni import base as cni_base
 from tests.support import images
 from tests.support import lab
+from tests.support import program
 
-PROGRAM = cni_base.PROGRAM
 CONF = cni_base.CONF
 
 
@@ -73,7 +73,7 @@ class EngineTestCase(base.LabTestCase):
         return server
 
     def start_agent(self) -> subprocess.Popen[bytes]:
-        agent = self.start(PROGRAM, '--config-file', CONF, 'agent')
+        agent = self.start(program.BREAK0, '--config-file', CONF, 'agent')
         self.until(cni_base.is_served)
         return agent
 

@@ -9,6 +9,7 @@ import os
 
 from tests.engines import base
 from tests.functional.cni import base as cni_base
+from tests.support import program
 
 
 class CNITestCase(base.EngineTestCase):
@@ -20,7 +21,7 @@ class CNITestCase(base.EngineTestCase):
             os.symlink('%s/%s' % (cni_base.PLUGINS, name),
                        '%s/%s' % (cni_base.BIN, name))
         self.start_agent()
-        self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'cni-install',
+        self.lab.run(program.BREAK0, '--config-file', base.CONF, 'cni-install',
                      '--bin-dir', cni_base.BIN, '--shim',
                      str(cni_base.SHIM))
 

@@ -14,8 +14,8 @@ import yaml
 
 from tests.cluster import image as cluster_image
 from tests.engines import base
+from tests.engines import discovery_base
 from tests.engines import image
-from tests.engines import test_discovery
 from tests.support import lab
 
 COMPOSE = pathlib.Path(__file__).parents[2] / 'etc/docker/compose.yaml'
@@ -35,7 +35,7 @@ def arguments(service: dict[str, Any]) -> list[str]:
     for key, value in service.items():
         if key == 'environment':
             found += ['--env=%s=%s' % (
-                name, test_discovery.CIDRS if name.endswith('CIDRS') else each)
+                name, discovery_base.CIDRS if name.endswith('CIDRS') else each)
                 for name, each in value.items()]
         elif key == 'read_only':
             found += ['--read-only'] * value
@@ -50,7 +50,7 @@ def arguments(service: dict[str, Any]) -> list[str]:
 
 
 @unittest.skipUnless(os.path.exists(ARCHIVE), 'needs tests.engines.image')
-class TestImage(test_discovery.DiscoveryTestCase):
+class TestImage(discovery_base.DiscoveryTestCase):
 
     def setUp(self) -> None:
         super().setUp()

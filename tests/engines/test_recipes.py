@@ -9,7 +9,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 from typing import Callable
 import unittest
 
@@ -18,6 +17,7 @@ from tests.engines import runners
 from tests.support import firewalls
 from tests.support import images
 from tests.support import pages
+from tests.support import program
 
 PAGE = 'install/recipes.rst'
 NODE = '192.168.1.10'
@@ -26,8 +26,7 @@ NAME_SERVER = ('dnsmasq', '--user=root', '--keep-in-foreground',
                '--address=/www.example.org/192.0.2.80',
                '--local=/www.example.org/')
 #: The command in an environment without Kuryr, as on a Docker host
-PROGRAM = os.path.join(os.path.dirname(sys.executable),
-                       '../without-kuryr/bin/kuryr-break0')
+PROGRAM = os.path.join(program.BIN, '../without-kuryr/bin/kuryr-break0')
 #: Commands of the images that replace the page's images
 IMAGES = {
     'pihole/pihole': NAME_SERVER,

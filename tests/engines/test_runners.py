@@ -11,12 +11,13 @@ import statistics
 import unittest
 
 from tests.engines import base
+from tests.engines import discovery_base
 from tests.engines import runners
-from tests.engines import test_discovery
 from tests.support import lab
+from tests.support import program
 
 
-class TestRunners(test_discovery.DiscoveryTestCase):
+class TestRunners(discovery_base.DiscoveryTestCase):
 
     def reaches(self, runner: runners.Runner, name: str, number: int
                 ) -> None:
@@ -43,7 +44,7 @@ class TestRunners(test_discovery.DiscoveryTestCase):
     def shown(self) -> set[str]:
         """Return the discovered containers that status shows."""
         return set(re.findall(r'(\S+/\S+) +\| +discovered', self.lab.run(
-            'env', 'COLUMNS=200', base.PROGRAM, '--config-file', base.CONF,
+            'env', 'COLUMNS=200', program.BREAK0, '--config-file', base.CONF,
             'status', check=False).stdout))  # 200 columns fold no name
 
     def cases(self, kind: type[runners.Runner], is_named: bool = True

@@ -6,24 +6,16 @@ import json
 import os
 
 from tests.functional.base import POD
-from tests.functional.test_cli import CLITestCase
-from tests.functional.test_cli import PROGRAM
+from tests.functional.cli_base import add_unfit
+from tests.functional.cli_base import CLITestCase
+from tests.functional.cli_base import UNFIT
 from tests.support import lab
+from tests.support import program
 
 ADDRESS = '100.75.30.80'
 ADDRESS6 = 'fd00:30::80'
 NETNS = '/run/netns/web'
 OTHER_NETNS = '/run/netns/other'
-#: Unusable parent interfaces, and the reason for refusal of each.
-UNFIT = {'lo': 'it is the loopback', 'port': 'it is a port of bridge. Name',
-         'tun': 'it has no MAC addresses'}
-
-
-def add_unfit(node: lab.Lab) -> None:
-    node.run('ip', 'link', 'add', 'bridge', 'type', 'bridge')
-    node.run('ip', 'link', 'add', 'port', 'master', 'bridge', 'type', 'veth',
-             'peer', 'name', 'far')
-    node.run('ip', 'tuntap', 'add', 'dev', 'tun', 'mode', 'tun')
 
 
 class ByHandTestCase(CLITestCase):
@@ -105,7 +97,7 @@ class TestBind(ByHandTestCase):
 
     def test_after_a_container_with_another_clock(self) -> None:
         for command, number in ((('unshare', '--time', '--boottime', '86400',
-                                  PROGRAM), 1), ((PROGRAM,), 2)):
+                                  program.BREAK0), 1), ((program.BREAK0,), 2)):
             self.lab.run('ip', 'link', 'set', 'dev', 'eth0', 'address',
                          '02:00:00:00:05:%02x' % number, netns='web')
             self.lab.run(*command, 'bind', ADDRESS, '--owner', 'web',
@@ -211,7 +203,7 @@ class TestRefusals(ByHandTestCase):
     def test_without_rights(self) -> None:
         done = self.lab.run(
             'setpriv', '--bounding-set', '-all', '--inh-caps', '-all',
-            PROGRAM, 'bind', ADDRESS, '--owner', 'web', '--parent',
+            program.BREAK0, 'bind', ADDRESS, '--owner', 'web', '--parent',
             lab.PARENT, check=False)
         self.assertEqual(3, done.returncode, done.stdout)
         self.assertIn('not permitted. Run it as root, in a container with '

@@ -7,12 +7,12 @@ import os
 import shutil
 
 from kuryr_break0 import kernel
+from tests.functional.cli_base import add_unfit
+from tests.functional.cli_base import CLITestCase
+from tests.functional.cli_base import UNFIT
 from tests.functional.cni import base as cni_base
-from tests.functional.test_bind import add_unfit
-from tests.functional.test_bind import UNFIT
-from tests.functional.test_cli import CLITestCase
-from tests.functional.test_cli import PROGRAM
 from tests.support import lab
+from tests.support import program
 
 
 class TestCheck(CLITestCase):
@@ -101,7 +101,7 @@ class TestCheck(CLITestCase):
         self.lab.run('mount', '-t', 'tmpfs', 'plugins', cni_base.PLUGINS)
         self.addCleanup(self.lab.run, 'umount', cni_base.PLUGINS)
         path = os.path.join(cni_base.PLUGINS, 'kuryr-cni')
-        os.symlink(os.path.join(os.path.dirname(PROGRAM), 'kuryr-cni'), path)
+        os.symlink(os.path.join(program.BIN, 'kuryr-cni'), path)
         self.assert_found('plugin-slow', 'note', path)
         os.unlink(path)
         shutil.copy('/bin/true', path)

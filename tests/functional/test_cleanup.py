@@ -23,8 +23,7 @@ from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
-from tests.functional.test_cli import CLITestCase
-from tests.functional.test_cli import PROGRAM
+from tests.functional.cli_base import CLITestCase
 from tests.support import lab
 from tests.support import metrics
 from tests.support import program
@@ -297,7 +296,7 @@ class TestOthersAtWork(CleanupTestCase):
     def test_an_agent_makes_nothing_again(self) -> None:
         before = self.lab.state()
         agent = program.start(
-            [PROGRAM, 'agent'], stderr=subprocess.DEVNULL,
+            [program.BREAK0, 'agent'], stderr=subprocess.DEVNULL,
             env={**os.environ, 'OS_BREAK0__RESYNC_INTERVAL': '1',
                  })
         self.addCleanup(agent.wait)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 from kuryr_break0.break0 import guard
 from kuryr_break0 import ledger
@@ -14,25 +13,9 @@ from kuryr_break0.ledger import files
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
+from tests.functional.cli_base import CLITestCase
 from tests.support import lab
 from tests.support import program
-
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
-
-
-class CLITestCase(base.LabTestCase):
-
-    #: Function that runs the program; subclasses replace the function.
-    run_program = staticmethod(program.run)
-
-    def call(self, *args: str,
-             **environ: str) -> subprocess.CompletedProcess[str]:
-        environ.setdefault('COLUMNS', '500')  # wide enough to wrap no line
-        done = self.run_program(
-            [PROGRAM, *args], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env={**os.environ, **environ})
-        self.assertNotIn('Traceback', done.stderr)
-        return done
 
 
 class TestStatus(CLITestCase):
@@ -229,7 +212,8 @@ class TestUsage(CLITestCase):
         with base.locked():
             with base.until_opened('/run/kuryr-break0/lock'):
                 syncing = subprocess.Popen(
-                    [PROGRAM, 'sync'], stderr=subprocess.PIPE, text=True)
+                    [program.BREAK0, 'sync'], stderr=subprocess.PIPE,
+                    text=True)
             syncing.send_signal(signal.SIGINT)
             _, stderr = syncing.communicate(timeout=lab.PATIENCE)
         self.assertEqual(130, syncing.returncode, stderr)
@@ -299,8 +283,9 @@ class TestUsage(CLITestCase):
         self.bind()
         for args in ['status'], ['--help'], ['doctor', '--no-probe']:
             with open('/dev/full', 'w') as full:
-                done = program.run([PROGRAM, *args], stdout=full, text=True,
-                                   stderr=subprocess.PIPE)
+                done = program.run(
+                    [program.BREAK0, *args], stdout=full, text=True,
+                    stderr=subprocess.PIPE)
             self.assertEqual((3, 'kuryr-break0: Cannot print: No space left '
                               'on device\n'), (done.returncode, done.stderr))
         self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
@@ -308,7 +293,8 @@ class TestUsage(CLITestCase):
                            (['doctor', '--no-probe'], 4), (['cni'], 1)):
             for closed in '>&-', '<&- >&-':
                 done = self.run_program(
-                    ['sh', '-c', 'exec "$0" "$@" ' + closed, PROGRAM, *args],
+                    ['sh', '-c', 'exec "$0" "$@" ' + closed,
+                     program.BREAK0, *args],
                     stderr=subprocess.PIPE, text=True)
                 self.assertEqual(code, done.returncode, done.stderr)
                 self.assertNotIn('Traceback', done.stderr)
@@ -317,7 +303,8 @@ class TestUsage(CLITestCase):
         self.bind()
         done = subprocess.run(
             ['unshare', '--mount', 'sh', '-c', 'mount -t tmpfs none /proc; '
-             'exec %s status' % PROGRAM], text=True, capture_output=True)
+             'exec %s status' % program.BREAK0],
+            text=True, capture_output=True)
         self.assertEqual(3, done.returncode)
         self.assertEqual(
             'kuryr-break0: A system call failed: [Errno 2] No such file or '

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from typing import Any, Callable, Optional
 
 import psutil
@@ -17,11 +16,11 @@ from kuryr_break0 import kernel
 from tests.functional import base
 from tests.functional.base import POD
 from tests.functional.cni import base as cni_base
-from tests.functional import test_discovery
+from tests.functional import discovery_base
 from tests.support import lab
 from tests.support import overlay
+from tests.support import program
 
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 #: The container's root directory, on the node.
 ROOT = '/run/container'
 CONF = '/run/config/kuryr.conf'
@@ -80,7 +79,7 @@ def script(daemon_set: dict[str, Any], name: str,
     capabilities = ','.join(
         ['-all'] + ['+' + capability.lower() for capability
                     in rights['capabilities'].get('add', ())])
-    command = [PROGRAM, *(command or container['command'])[1:]]
+    command = [program.BREAK0, *(command or container['command'])[1:]]
     lines.append(
         'exec chroot . setpriv --bounding-set=%s --inh-caps=-all '
         '--no-new-privs %s' % (capabilities, shlex.join(command)))
@@ -238,7 +237,7 @@ class TestWithoutKuryr(ContainerTestCase):
         self.assertNotIn('ERROR', self.log())
 
 
-class TestUnit(test_discovery.DiscoveryTestCase):
+class TestUnit(discovery_base.DiscoveryTestCase):
     """The systemd unit permits every system call of the agent.
 
     tools/boot runs the unit under systemd.
@@ -262,7 +261,7 @@ class TestUnit(test_discovery.DiscoveryTestCase):
         return found
 
     def test_system_calls(self) -> None:
-        strace = self.start(test_discovery.OPTIONS, 'strace', '-f', '-qq',
+        strace = self.start(discovery_base.OPTIONS, 'strace', '-f', '-qq',
                             '-o', '/run/trace', '--signal=none')
         agent, = psutil.Process(strace.pid).children()
         self.addCleanup(lambda: agent.is_running() and agent.kill())

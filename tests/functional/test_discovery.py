@@ -4,19 +4,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import ipaddress
 import os
-import resource
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 from unittest import mock
 
 import psutil
@@ -24,97 +20,29 @@ import psutil
 from kuryr_break0.discovery import binder
 from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
-from kuryr_break0.discovery import namespace
 from kuryr_break0.discovery import records
 from kuryr_break0.engine import containers
-from kuryr_break0.engine import transitions as engine
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
-from kuryr_break0.ledger import files
-from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0 import pace
 from tests.functional import base
+from tests.functional.discovery_base import AGENT
+from tests.functional.discovery_base import CONF
+from tests.functional.discovery_base import DiscoveryTestCase
+from tests.functional.discovery_base import is_idle
+from tests.functional.discovery_base import LATER
+from tests.functional.discovery_base import ONE
+from tests.functional.discovery_base import ONE6
+from tests.functional.discovery_base import OPTIONS
+from tests.functional.discovery_base import QUIET
+from tests.functional.discovery_base import TWO
 from tests.support import dhcp
 from tests.support import lab
 from tests.support import program
-
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
-CONF = '/run/break0.conf'
-OPTIONS = ('discover = true\nallowed_cidrs = 100.75.0.0/16,fd00:30::/64\n'
-           'metrics_bind =\nresync_interval = 3600\n')
-#: Options without a search of processes, since the processes of other tests
-#: have namespaces and cause constant work.
-QUIET = OPTIONS + 'proc_dirs = /run/none\n'
-ONE, TWO = '100.75.30.81', '100.75.30.82'
-ONE6 = 'fd00:30::81'
-LATER = '100.75.30.98'
-#: The control group of the agent's systemd service.
-AGENT = '/system.slice/kuryr-break0-agent.service'
-
-
-def is_idle(found: finder.Finder) -> bool:
-    """Return whether the finder has no work due within 600 seconds."""
-    return found.find_due() > time.monotonic() + 600
-
-
-class DiscoveryTestCase(base.LabTestCase):
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.lab.add_ipv6()
-
-    def start(self, options: str = OPTIONS, *before: str
-              ) -> subprocess.Popen[bytes]:
-        """Start an agent and wait until it has completed one search."""
-        with open(CONF, 'w') as file:
-            file.write('[break0]\n' + options)
-        with open('/run/agent.log', 'ab') as log:
-            earlier = self.log().count('Watching ')
-            self.agent = program.start(
-                [*before, PROGRAM, '--config-file', CONF, 'agent'],
-                stderr=log)
-        self.addCleanup(self.agent.wait)
-        self.addCleanup(self.agent.kill)
-        self.until(lambda: self.log().count('Watching ') > earlier)
-        return self.agent
-
-    @staticmethod
-    def log() -> str:
-        with open('/run/agent.log') as file:
-            return file.read()
-
-    def until(self, condition: Callable[[], Any]) -> None:
-        lab.until(condition, self.log)
-
-    def until_looked(self) -> None:
-        """Wait until the agent has examined every earlier change.
-
-        The agent examines a namespace at most namespace.LAST seconds after
-        its event. So a namespace added after this time is examined last.
-        """
-        time.sleep(namespace.LAST)
-        self.lab.add_pod('later', LATER)
-        self.until(lambda: LATER in self.bound())
-        self.lab.del_netns('later')
-        self.until(lambda: LATER not in self.bound()
-                   and LATER not in self.lab.routes())
-
-    def until_bound(self, *addresses: str) -> None:
-        self.until(lambda: set(self.lab.routes()) == set(addresses))
-        self.until(lambda: self.bound() == set(addresses))
-
-    def inside(self, name: str, *command: str) -> None:
-        self.lab.run(*command, netns=name)
-
-    def assert_reachable(self, address: str, name: str) -> None:
-        # The agent configures the container after it has set the route.
-        node = lab.NODE6 if ':' in address else lab.NODE
-        self.until(lambda: self.lab.ping(address))
-        self.until(lambda: self.lab.ping(node, name))
 
 
 class TestFinding(DiscoveryTestCase):
@@ -419,7 +347,8 @@ class TestOwnership(DiscoveryTestCase):
         # When the owner ends, discovery binds the second container.
         self.lab.del_netns('c0')
         # sync exits with 1: the second containers are not bound yet.
-        self.lab.run(PROGRAM, '--config-file', CONF, 'sync', check=False)
+        self.lab.run(program.BREAK0, '--config-file', CONF, 'sync',
+                     check=False)
         self.until(lambda: any(
             str(address) == '100.75.30.90'
             and record.origin is Origin.DISCOVERED
@@ -458,7 +387,7 @@ class TestOwnership(DiscoveryTestCase):
         record, = self.snapshot().live.values()
         self.assertEqual(mac, record.mac)
         self.assertEqual(1, self.log().count('it belongs to'))
-        done = self.lab.run(PROGRAM, '--config-file', CONF, 'doctor',
+        done = self.lab.run(program.BREAK0, '--config-file', CONF, 'doctor',
                             check=False)
         self.assertIn('warning: address-twice', done.stdout)
         self.assertIn('in /run/netns/two, is not bound: it belongs to',
@@ -494,7 +423,7 @@ class TestOwnership(DiscoveryTestCase):
                            > served)
                 self.until(lambda: '1 addresses of containers that another '
                            'agent has found stay bound' in self.log())
-                self.lab.run(PROGRAM, '--config-file', CONF, 'sync')
+                self.lab.run(program.BREAK0, '--config-file', CONF, 'sync')
                 self.assert_reachable(ONE, name)
                 self.assertEqual({ONE}, self.bound())
                 self.assertNotIn('Unbound', self.log())
@@ -535,7 +464,7 @@ class TestOwnership(DiscoveryTestCase):
         self.until(lambda: 'stay bound until their containers end'
                    in self.log())
         self.assertEqual({ONE}, self.bound())
-        done = self.lab.run(PROGRAM, '--config-file', CONF, 'cleanup')
+        done = self.lab.run(program.BREAK0, '--config-file', CONF, 'cleanup')
         self.assertIn(ONE, done.stdout)
         self.assertEqual({}, self.lab.routes())
 
@@ -581,244 +510,10 @@ class TestOwnership(DiscoveryTestCase):
             discover=True, allowed_cidrs=['10.0.0.0/8']).discover)
         with open(CONF, 'w') as file:
             file.write('[break0]\ndiscover = true\n')
-        done = program.run([PROGRAM, '--config-file', CONF, 'agent'],
+        done = program.run([program.BREAK0, '--config-file', CONF, 'agent'],
                            stderr=subprocess.PIPE, text=True)
         self.assertEqual(2, done.returncode)
         self.assertIn('allowed_cidrs', done.stderr)
-
-
-class TestNextHops(DiscoveryTestCase):
-    """A container's address that is a next hop of the node gets no route."""
-
-    WORLD, WORLD6 = '192.0.2.1', '2001:db8::1'
-    ROUTER, ROUTER6 = '100.75.30.9', 'fd00:30::9'
-
-    def until_routed(self, *addresses: str) -> None:
-        self.until(lambda: {
-            address for address, route in self.lab.routes().items()
-            if route['protocol'] == '176'} == set(addresses))
-
-    def test_while_the_node_has_no_route_by_it(self) -> None:
-        self.start()
-        self.lab.add_pod('one', ONE)
-        self.until_bound(ONE)
-        routers = lab.LAN, lab.LAN6, self.ROUTER, self.ROUTER6
-        # All routes with these next hops are gone before the agent reads the
-        # routes.
-        for router in routers[2:]:
-            self.lab.run('ip', 'route', 'add', '198.51.100.0/24' if '.' in
-                         router else 'fd09::/64', 'via', router)
-        for family in ('-4', '-6'):
-            self.lab.run('ip', family, 'route', 'del', 'default')
-        for network in ('198.51.100.0/24', 'fd09::/64'):
-            self.lab.run('ip', 'route', 'del', network)
-        for address in (*routers, TWO):
-            self.inside('one', 'ip', 'address', 'add', address + (
-                '/32' if '.' in address else '/128'), 'dev', 'eth0')
-        self.until_bound(ONE, TWO)
-        for router in routers:
-            self.until(lambda: '%s, on eth0 in' % router in self.log())
-        # The next full search must not bind the next hops either.
-        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
-        self.until_bound(ONE, TWO)
-        self.assertEqual([], self.problems())
-
-    def test_before_the_node_has_a_route_by_it(self) -> None:
-        for family in ('-4', '-6'):
-            self.lab.run('ip', family, 'route', 'del', 'default')
-        for name in ('lan', 'one'):
-            if name == 'one':
-                self.lab.add_pod('one', ONE, self.ROUTER, self.ROUTER6)
-            for address in (self.WORLD + '/32', self.WORLD6 + '/128'):
-                self.inside(name, 'ip', 'address', 'add', address, 'dev',
-                            'lo')
-        self.start()
-        self.until_bound(ONE, self.ROUTER, self.ROUTER6)
-        for world, router in ((self.WORLD, self.ROUTER),
-                              (self.WORLD6, self.ROUTER6)):
-            self.lab.run('ip', 'route', 'add', 'default', 'via', router)
-            self.until_routed(ONE, *{self.ROUTER6} - {router})
-            # The kernel resolves a next hop when the route is set, so the
-            # default route still leads through break0.
-            self.assertEqual('break0', self.lab.ip(
-                'route', 'get', world)[0]['dev'])
-            self.assertFalse(self.lab.ping(world))
-            self.assertRegex(self.problems()[-1], 'a next hop of a route '
-                             'that leads through break0.*set that route ')
-            # A new route resolves the next hop again, now to the LAN.
-            self.inside('lan', 'ip', 'address', 'add', router + (
-                '/24' if '.' in router else '/64'), 'dev', 'nic',
-                *([] if '.' in router else ['nodad']))
-            self.lab.run('ip', 'route', 'replace', 'default', 'via', router)
-            self.assertEqual('eth0', self.lab.ip(
-                'route', 'get', world)[0]['dev'])
-            with self.lab.capture() as frames:
-                self.assertTrue(self.lab.ping(world))
-            self.assertTrue(frames)
-        self.until_routed(ONE)
-        self.assert_reachable(ONE, 'one')
-        # The earlier next hops stay refused without the default routes.
-        for family in ('-4', '-6'):
-            self.lab.run('ip', family, 'route', 'del', 'default')
-        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
-        self.until_routed(ONE)
-        self.assertEqual(2, len(self.problems()))
-        self.assertRegex(self.problems()[0], 'an earlier next hop')
-        self.inside('one', 'ip', 'address', 'del', self.ROUTER + '/24', 'dev',
-                    'eth0')
-        self.until(lambda: self.ROUTER not in self.bound())
-
-    def test_in_each_kind_of_route(self) -> None:
-        kernel.write_sysctl('ipv4/nexthop_compat_mode', 0)
-        self.start()
-        hops = ['100.75.30.%d' % number for number in range(60, 67)] + [
-            'fd00:30::%d' % number for number in range(60, 63)]
-        self.lab.add_pod('one', ONE, *hops)
-        self.until_bound(ONE, *hops)
-        expected = set(hops)
-        for hop, what in zip(hops, (
-                'route add 10.9.0.0/24 via %s',
-                'route add 10.9.1.0/24 via %s dev eth0',
-                'route add 10.9.2.0/24 table 77 via %s dev break0',
-                'route add 10.9.3.0/24 nexthop via %s nexthop via ' + lab.LAN,
-                'nexthop add id 1 via %s dev break0',
-                'nexthop add id 2 via %s dev eth0',
-                'nexthop replace id 2 via %s dev eth0',
-                'route add 10.9.4.0/24 via inet6 %s dev break0',
-                'route add fd09::/64 nexthop via %s dev break0 nexthop via '
-                + lab.LAN6,
-                'nexthop replace id 3 via %s dev break0')):
-            with self.subTest(what=what):
-                expected.remove(hop)
-                self.lab.run('ip', *(what % hop).split())
-                self.until_routed(ONE, *expected)
-
-    def test_of_others(self) -> None:
-        """A next hop with a manual bind keeps its route.
-
-        A container bound by Kuryr, CNI or manually can be a VPN gateway.
-        """
-        self.start()
-        netns = self.lab.add_pod('one', ONE, TWO)
-        self.until_bound(ONE, TWO)
-        self.manager().bind(Owner('sandbox', 'eth0'), base.addresses(ONE),
-                            parent='eth0', netns=netns, origin=Origin.MANUAL)
-        for number, address in enumerate((ONE, TWO)):
-            self.lab.run('ip', 'route', 'add', '10.9.%d.0/24' % number, 'via',
-                         address)
-        self.until_routed(ONE)
-        self.lab.run(PROGRAM, '--config-file', CONF, 'sync', check=False)
-        self.until_routed(ONE)
-
-
-class TestDuplicates(DiscoveryTestCase):
-    """A container's IPv6 address is bound only if no LAN host has it."""
-
-    def add(self, *flags: str) -> None:
-        self.inside('one', 'ip', 'address', 'add', ONE6 + '/64', 'dev',
-                    'eth0', *flags)
-
-    def state(self, of: str = ONE6) -> set[str]:
-        """Return the flags of an IPv6 address of the container.
-
-        "local" is among them whenever the address exists.
-        """
-        return {flag for link in self.lab.ip('address', 'show', 'dev', 'eth0',
-                                             netns='one')
-                for each in link['addr_info'] if each['local'] == of
-                for flag in ('tentative', 'dadfailed', 'optimistic', 'local')
-                if each.get(flag)}
-
-    def on_lan(self, verb: str) -> None:
-        self.inside('lan', 'ip', 'address', verb, ONE6 + '/64', 'dev', 'nic',
-                    *(['nodad'] if verb == 'add' else []))
-
-    def assert_of_lan(self) -> None:
-        """Check that the node reaches the address through the LAN."""
-        with self.lab.capture() as frames:
-            self.assertTrue(self.lab.ping(ONE6), self.log())
-        self.assertTrue(frames)
-
-    def test_of_a_lan_host(self) -> None:
-        self.on_lan('add')
-        self.lab.add_pod('one', ONE)
-        self.start()
-        self.until_bound(ONE)
-        self.add()
-        self.until(lambda: 'dadfailed' in self.state())
-        self.inside('one', 'ip', 'address', 'add', TWO + '/24', 'dev', 'eth0')
-        self.until_bound(ONE, TWO)
-        self.until(lambda: self.log().count(
-            ONE6 + ', on eth0 in /run/netns/one, is not bound: duplicate '
-            'address detection has found it on another host') == 1)
-        self.assert_of_lan()
-        # A sync must not bind the duplicate address either.
-        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
-        self.until_bound(ONE, TWO)
-        self.assert_of_lan()
-        # The LAN host gives up the address.
-        self.on_lan('del')
-        self.inside('one', 'ip', 'address', 'del', ONE6 + '/64', 'dev',
-                    'eth0')
-        self.add()
-        self.until_bound(ONE, TWO, ONE6)
-        self.assert_reachable(ONE6, 'one')
-
-    def test_many_are_not_all_logged(self) -> None:
-        text = ''.join('address add fd00:30::%x/64 dev %%s %%s\n' % number
-                       for number in range(0x100, 0x140))
-        for name, *values in (('lan', 'nic', 'nodad'), ('one', 'eth0', '')):
-            if name == 'one':
-                self.lab.add_pod('one', ONE)
-            with open('/run/batch', 'w') as file:
-                file.write(text.replace('%s %s', ' '.join(values)))
-            self.inside(name, 'ip', '-batch', '/run/batch')
-        self.until(lambda: len([
-            each for link in self.lab.ip('address', 'show', 'dev', 'eth0',
-                                         netns='one')
-            for each in link['addr_info'] if each.get('dadfailed')]) == 0x40)
-        self.start()
-        self.until_bound(ONE)
-        self.until_looked()
-        self.assertEqual(binder.MAX_ADDRESSES, self.log().count(
-            'duplicate address detection has found it on another host'))
-
-    def test_not_before_it_is_proven(self) -> None:
-        self.lab.add_pod('one', ONE)
-        for key in ('dad_transmits=2', 'optimistic_dad=1'):
-            self.inside('one', 'sysctl', '-w', 'net.ipv6.conf.eth0.' + key)
-        self.start()
-        self.until_bound(ONE)
-        for flags in ((), ('optimistic',)):
-            with self.subTest(flags=flags):
-                self.add(*flags)
-                self.assertLessEqual({'tentative', *flags}, self.state())
-                # A second address makes the agent examine the namespace during
-                # duplicate address detection.
-                self.inside('one', 'ip', 'address', 'add', TWO + '/24', 'dev',
-                            'eth0')
-                self.until(lambda: ONE6 in self.lab.routes())
-                self.assertNotIn('tentative', self.state())
-                self.until_bound(ONE, TWO, ONE6)
-                self.assert_reachable(ONE6, 'one')
-                for address in (TWO + '/24', ONE6 + '/64'):
-                    self.inside('one', 'ip', 'address', 'del', address, 'dev',
-                                'eth0')
-                self.until_bound(ONE)
-
-    def test_it_fails_later(self) -> None:
-        self.lab.add_pod('one', ONE)
-        self.inside('one', 'sysctl', '-w',
-                    'net.ipv6.conf.eth0.keep_addr_on_down=1')
-        self.start()
-        self.add()
-        self.until_bound(ONE, ONE6)
-        self.inside('one', 'ip', 'link', 'set', 'eth0', 'down')
-        self.on_lan('add')
-        self.inside('one', 'ip', 'link', 'set', 'eth0', 'up')
-        self.until(lambda: 'dadfailed' in self.state())
-        self.until_bound(ONE)
-        self.assert_of_lan()
 
 
 #: A program that changes its MAC address at most 200 times per second.
@@ -967,7 +662,7 @@ class TestInstalled(DiscoveryTestCase):
         os.makedirs('/run/home')
         os.rename('/run/dest/etc/kuryr-break0', '/run/home/.kuryr-break0')
         with open('/run/agent.log', 'ab') as log:
-            agent = program.start([PROGRAM, 'agent'], stderr=log, env={
+            agent = program.start([program.BREAK0, 'agent'], stderr=log, env={
                 **os.environ, 'HOME': '/run/home'})
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
@@ -982,7 +677,7 @@ class TestInstalled(DiscoveryTestCase):
         self.start(OPTIONS + 'resync_interval = 1\n')
         self.lab.add_pod('one', ONE)
         self.until_bound(ONE)
-        command = PROGRAM, '--config-file', CONF
+        command = program.BREAK0, '--config-file', CONF
         done = self.lab.run(*command, 'cleanup', check=False)
         self.assertEqual(1, done.returncode)
         self.assertIn('! agent', done.stdout)
@@ -1051,655 +746,6 @@ class TestFaults(DiscoveryTestCase):
         self.assertIsNone(agent.poll())
         process.rlimit(psutil.RLIMIT_NOFILE, before)
         self.until_bound(ONE, TWO)
-
-
-class FinderTestCase(base.LabTestCase):
-    """A finder in the test process, driven only by its own events.
-
-    An agent also searches after each sync, which would hide a missed event.
-    """
-
-    #: Replaces /proc, since the processes of other tests have namespaces too.
-    PROC = '/run/proc'
-
-    def setUp(self) -> None:
-        super().setUp()
-        options = base.options(
-            discover=True, proc_dirs=[self.PROC], resync_interval=3600,
-            allowed_cidrs=['100.75.0.0/16'])
-        kept = ledger.Ledger(options.state_dir)
-        kept.prepare()
-        self.finder = finder.Finder(options, kept)
-        self.addCleanup(self.finder.close)
-        # Shorten the pause between two examinations of a namespace.
-        pauses = mock.patch.object(namespace, 'LAST', 0.1)
-        pauses.start()
-        self.addCleanup(pauses.stop)
-
-    def start_unnamed(self) -> subprocess.Popen[bytes]:
-        """Start a process in a network namespace that has no name."""
-        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        lab.until(lambda: os.readlink('/proc/%d/ns/net' % process.pid)
-                  != os.readlink('/proc/self/ns/net'))
-        return process
-
-    def work(self) -> None:
-        """Run the finder until it is idle."""
-        def is_done() -> bool:
-            if not is_idle(self.finder):
-                self.step()
-            return is_idle(self.finder)
-
-        lab.until(is_done)
-
-    def step(self) -> None:
-        wait = 0.0 if is_idle(self.finder) else max(
-            0.0, self.finder.find_due() - time.monotonic())
-        if select.select(self.finder.list_readable(), [], [], wait)[0]:
-            self.finder.read_events()
-        else:
-            self.finder.work()
-
-    def assert_bound(self, *addresses: str) -> None:
-        def is_so() -> bool:
-            # The kernel deletes a namespace with a delay and sends the event
-            # of its end afterwards.
-            self.work()
-            self.step()
-            return self.bound() == set(addresses)
-
-        lab.until(is_so)
-        self.assertEqual(set(addresses), set(self.lab.routes()))
-
-
-class TestWithoutName(FinderTestCase):
-
-    def test_container_with_a_new_macvlan(self) -> None:
-        """A macvlan created inside a nameless namespace is discovered.
-
-        systemd-nspawn creates no mount and moves no interface.
-        """
-        self.work()
-        process = self.start_unnamed()
-        pid = str(process.pid)
-        os.mkdir(self.PROC)
-        for each in ('1', pid):
-            os.symlink('/proc/' + each, '%s/%s' % (self.PROC, each))
-        self.lab.run('ip', 'link', 'add', 'mv-eth0', 'link', 'eth0', 'netns',
-                     pid, 'type', 'macvlan', 'mode', 'bridge')
-        for command in ('link set mv-eth0 up',
-                        'address add %s/24 dev mv-eth0' % ONE):
-            self.lab.run('nsenter', '--net', '--target', pid, 'ip',
-                         *command.split())
-        self.assert_bound(ONE)
-        process.kill()
-        process.wait()
-        self.assert_bound()
-
-
-class TestExhausted(FinderTestCase):
-    """The finder recovers after a search without free descriptors."""
-
-    @contextlib.contextmanager
-    def descriptors(self, count: int) -> Iterator[None]:
-        """Leave the process ``count`` free descriptors within the block."""
-        before = resource.getrlimit(resource.RLIMIT_NOFILE)
-        taken = [os.open('/dev/null', os.O_RDONLY) for _ in range(count)]
-        resource.setrlimit(resource.RLIMIT_NOFILE,
-                           (max(taken, default=0) + 1, before[1]))
-        try:
-            with contextlib.suppress(OSError):
-                while True:
-                    taken.append(os.open('/dev/null', os.O_RDONLY))
-            for _ in range(count):
-                os.close(taken.pop())
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
-            for each in taken:
-                os.close(each)
-
-    def starve(self, count: int) -> None:
-        """Run 4 steps of the finder with ``count`` free descriptors."""
-        with self.descriptors(count):
-            for _ in range(4):
-                with contextlib.suppress(OSError, exceptions.Break0Error):
-                    self.step()
-
-    def test_what_came_meanwhile(self) -> None:
-        expected = set()
-        for count in range(12):
-            with self.subTest(descriptors=count):
-                expected.add('100.75.30.%d' % (100 + count))
-                self.lab.add_pod('c%d' % count, '100.75.30.%d' % (
-                    100 + count))
-                self.finder.note_mounts()
-                self.starve(count)
-                self.assert_bound(*expected)
-
-    def test_what_changed_meanwhile(self) -> None:
-        self.lab.add_pod('one', ONE)
-        self.finder.note_mounts()
-        self.assert_bound(ONE)
-        for count in range(12):
-            for change, address in (('add', TWO), ('del', None)):
-                with self.subTest(descriptors=count, change=change):
-                    self.lab.run('ip', 'address', change, TWO + '/24', 'dev',
-                                 'eth0', netns='one')
-                    self.finder.mark_all()
-                    self.starve(count)
-                    self.assert_bound(ONE, *([address] if address else []))
-
-    def test_what_ended_meanwhile(self) -> None:
-        self.lab.add_pod('one', ONE)
-        for count in range(12):
-            with self.subTest(descriptors=count):
-                self.lab.add_pod('two', TWO)
-                self.finder.note_mounts()
-                self.assert_bound(ONE, TWO)
-                self.lab.del_netns('two')
-                self.finder.note_mounts()
-                self.starve(count)
-                self.assert_bound(ONE)
-
-    def test_end_that_is_not_proven_again(self) -> None:
-        """A record stays if the judgement is in doubt when it is repeated.
-
-        The finder repeats the judgement under the lock. The lock takes
-        descriptors, so the repetition can fail.
-        """
-        self.lab.add_pod('one', ONE)
-        self.finder.note_mounts()
-        self.assert_bound(ONE)
-        self.lab.del_netns('one')
-        with mock.patch.object(engine, 'is_gone',
-                               return_value=False) as is_gone:
-            self.finder.note_mounts()
-            lab.until(lambda: self.step() or is_gone.called)
-            self.assertEqual({ONE}, self.bound())
-        self.assert_bound()
-
-    def test_number_that_is_used_again(self) -> None:
-        self.lab.add_pod('one', ONE)
-        self.finder.note_mounts()
-        self.assert_bound(ONE)
-        number, = [number for number, each in self.finder._numbers.items()
-                   if each.location.path.endswith('/one')]
-        self.lab.del_netns('one')
-        self.lab.add_pod('two', TWO)
-        with mock.patch.object(kernel.Netlink, 'ensure_namespace_number',
-                               return_value=number):
-            self.finder.note_mounts()
-            lab.until(lambda: self.step() or any(
-                each.location.path.endswith('/two')
-                for each in self.finder._namespaces.values()))
-        self.assert_bound(TWO)
-
-    def test_end_of_one_that_had_the_number_before(self) -> None:
-        self.lab.add_pod('one', ONE)
-        self.finder.note_mounts()
-        self.assert_bound(ONE)
-        with mock.patch.object(self.finder, '_events') as events:
-            events.get.return_value = kernel.events.Changes(
-                set(), set(self.finder._numbers), set(), False, False, False,
-                1)
-            self.finder.read_events()
-        self.assert_bound(ONE)
-        self.lab.run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0',
-                     netns='one')
-        self.assert_bound(ONE, TWO)
-
-    def test_end_that_an_error_interrupts(self) -> None:
-        self.lab.add_pod('one', ONE)
-        self.finder.note_mounts()
-        self.assert_bound(ONE)
-        self.lab.del_netns('one')
-        with mock.patch.object(binder, 'Engine', side_effect=OSError(
-                errno.EMFILE, 'no descriptor')):
-            self.finder.note_mounts()
-            with self.assertRaises(OSError):
-                lab.until(self.step)
-        self.assert_bound()
-
-    def test_records_that_cannot_be_read(self) -> None:
-        """An unreadable record still belongs to its container."""
-        self.lab.add_pod('one', ONE)
-        self.finder.note_mounts()
-        self.assert_bound(ONE)
-        with mock.patch.object(files, 'read', side_effect=OSError(
-                errno.EMFILE, 'no descriptor')):
-            self.finder.mark_all()
-        self.lab.del_netns('one')
-        self.finder.note_mounts()
-        self.assert_bound()
-
-    def test_ledger_that_cannot_be_read(self) -> None:
-        """With an unreadable ledger, the finder uses its last reading."""
-        self.lab.add_pod('one', ONE)
-        self.finder.note_mounts()
-        self.assert_bound(ONE)
-        with self.descriptors(0):
-            self.finder.mark_all()
-        self.lab.run('ip', 'address', 'flush', 'dev', 'eth0', netns='one')
-        self.assert_bound()
-
-    def test_end_that_cannot_be_proven(self) -> None:
-        """The finder repeats a judgement in doubt at growing intervals."""
-        self.lab.add_pod('one', ONE)
-        self.finder.note_mounts()
-        self.assert_bound(ONE)
-        self.lab.del_netns('one')
-        now = [time.monotonic()]
-        with mock.patch.object(
-                kernel, 'judge_state',
-                return_value=kernel.State.UNKNOWN) as asked, \
-                mock.patch.object(time, 'monotonic', lambda: now[0]):
-            self.finder.note_mounts()
-            while not is_idle(self.finder):
-                now[0] = self.finder.find_due()
-                self.finder.read_events()
-                self.finder.work()
-        self.assertLess(asked.call_count, 20)
-        self.assertEqual({ONE}, self.bound())
-
-
-class TestManyNamespaces(FinderTestCase):
-    """Another container creates namespaces faster than they are examined.
-
-    The kernel reuses the namespaces' inodes.
-    """
-
-    ended = 0
-
-    def add_one(self) -> kernel.NamespaceLocation:
-        """Add a container after the first search."""
-        self.work()
-        path = self.lab.add_pod('one', ONE)
-        status = os.stat(path)
-        return kernel.NamespaceLocation(
-            path, NamespaceId(status.st_dev, status.st_ino))
-
-    def add_stale(self, place: kernel.Place) -> None:
-        """Add a waiting container's ended namespace with this inode.
-
-        The event of the namespace's end has not arrived yet.
-        """
-        stale = namespace.Namespace(kernel.NamespaceLocation(
-            '/run/netns/ended', NamespaceId(*place, 1)), 'noisy', 77)
-        self.finder._namespaces[place] = self.finder._numbers[77] = stale
-        pace = self.finder._queue.pace
-        pace.begin()
-        with mock.patch.object(time, 'thread_time', lambda: 10 ** 6):
-            self.assertLess(10 ** 6, pace.end('noisy'))
-
-    def count_examined(self) -> int:
-        """Return the number of namespaces that are examined before "one".
-
-        Each examination adds another namespace.
-        """
-        examined: list[str] = []
-        examine = kernel.examine_namespace
-
-        def examining(location: kernel.NamespaceLocation
-                      ) -> kernel.ExaminedNamespace:
-            examined.append(location.path)
-            self.add_ended(1)
-            return examine(location)
-
-        with mock.patch.object(kernel, 'examine_namespace', examining):
-            lab.until(lambda: self.step() or any(
-                each.endswith('/one') for each in examined))
-        return [each.endswith('/one') for each in examined].index(True)
-
-    def add_ended(self, count: int) -> None:
-        """Add namespaces that end before they are examined."""
-        for _ in range(count):
-            self.ended += 1
-            identity = NamespaceId(1, self.ended)
-            self.finder._unexamined[identity[:2]] = kernel.NamespaceLocation(
-                '/run/netns/ended', identity)
-
-    def test_inode_of_an_ended_namespace(self) -> None:
-        """A container does not wait for an earlier owner of its inode."""
-        for search in self.finder.note_mounts, self.finder.mark_all:
-            with self.subTest(search=search.__name__):
-                self.add_stale(self.add_one().place)
-                search()
-                self.assert_bound(ONE)
-                self.lab.del_netns('one')
-                self.finder.note_mounts()
-                self.assert_bound()
-
-    def test_unnamed_with_the_inode_of_an_unexamined_name(self) -> None:
-        """A name that was deleted does not hide a process's namespace."""
-        self.work()
-        pid = str(self.start_unnamed().pid)
-        status = os.stat('/proc/%s/ns/net' % pid)
-        place = status.st_dev, status.st_ino
-        self.finder._unexamined[place] = kernel.NamespaceLocation(
-            '/run/netns/ended', NamespaceId(*place))
-        os.mkdir(self.PROC)
-        os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
-        self.finder._search_new()
-        self.assertFalse(self.finder._unexamined[place].is_named)
-
-    def test_late_end_of_the_namespace_that_had_the_inode(self) -> None:
-        """A late event does not replace the path of the new namespace."""
-        one = self.add_one()
-        self.add_stale(one.place)
-        self.finder._unexamined[one.place] = one
-        with mock.patch.object(self.finder, '_events') as events:
-            events.get.return_value = kernel.events.Changes(
-                set(), {77}, set(), False, False, False, 1)
-            self.finder.read_events()
-        self.assert_bound(ONE)
-
-    def test_name_with_the_inode_of_an_unexamined_namespace(self) -> None:
-        """A namespace with a name does not wait for many others."""
-        one = self.add_one()
-        self.finder._unexamined[one.place] = one._replace(
-            path='/proc/0/ns/net')
-        self.add_ended(500)
-        self.finder._mounts_changed = True
-        self.finder._search_new()
-        self.assertEqual(one, [*self.finder._unexamined.values()][-1])
-        self.assert_bound(ONE)
-
-    def test_namespace_before_many_others(self) -> None:
-        """A namespace does not wait for all namespaces that arrive later."""
-        one = self.add_one()
-        self.finder._unexamined[one.place] = one
-        self.add_ended(9)
-        with mock.patch.object(self.finder, '_search_if_due'):
-            self.assertLess(self.count_examined(), 9)
-
-    def test_full_search_omits_ended_namespaces(self) -> None:
-        self.work()
-        self.add_ended(500)
-        self.finder.mark_all()
-        with mock.patch.object(finder, '_STEP', 0):
-            lab.until(lambda: self.step() or len(
-                self.finder._unexamined) < 400)
-        self.assertLess(len(self.finder._unexamined), 10)
-
-
-class TestBounds(FinderTestCase):
-
-    def test_more_addresses_that_others_had_bound(self) -> None:
-        """Rebuilt records stay beyond the limit of discovered addresses."""
-        addresses = ['100.75.30.%d' % (100 + number)
-                     for number in range(binder.MAX_ADDRESSES + 5)]
-        path = self.lab.add_pod('one', *addresses, mac='02:00:00:00:00:01')
-        self.bind(*addresses, netns=path, mac_of_pod='02:00:00:00:00:01')
-        shutil.rmtree('/run/kuryr-break0')
-        self.manager().sync()
-        self.assertEqual(set(addresses), self.bound())
-        self.finder.mark_all()
-        self.assert_bound(*addresses)
-
-    def test_namespaces_without_containers_that_end(self) -> None:
-        self.work()
-        with mock.patch.object(binder, 'Engine') as engine:
-            for number in range(9):
-                self.finder._remove(namespace.Namespace(
-                    kernel.NamespaceLocation(
-                        '/run/netns/gone', NamespaceId(1, 2, number))))
-            self.work()
-        engine.assert_not_called()
-        self.assertEqual(0, len(self.finder._ended))
-
-    def test_refusals_that_are_logged(self) -> None:
-        def refuse() -> None:
-            for number in range(9):
-                self.finder._binder._log_refusal(
-                    *base.addresses('10.0.0.%d' % number),
-                    mock.Mock(namespace=NamespaceId(1, 2)), 'of the test')
-
-        with mock.patch.object(binder, '_MAX_REFUSALS', 4), \
-                self.assertLogs('kuryr_break0', 'WARNING') as logs:
-            refuse()
-            refuse()
-            self.assertEqual(4, len(logs.output))
-            with mock.patch.object(time, 'monotonic', return_value=(
-                    time.monotonic() + binder._REFUSAL_SECONDS)):
-                refuse()
-            self.assertEqual(8, len(logs.output))
-
-
-class TestNoisy(FinderTestCase):
-    """A container that causes much work delays no other container."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.spent = 0.0
-        clock = mock.patch.object(time, 'thread_time', lambda: self.spent)
-        clock.start()
-        self.addCleanup(clock.stop)
-        read = kernel.list_macvlans_in
-
-        def reading(netns: str, *args: Any) -> list[kernel.Macvlan]:
-            if netns.endswith('/noisy'):
-                self.spent += 1000
-            return read(netns, *args)
-
-        patch = mock.patch.object(kernel, 'list_macvlans_in', reading)
-        patch.start()
-        self.addCleanup(patch.stop)
-
-    def change(self, verb: str, address: str, name: str) -> None:
-        self.lab.run('ip', 'address', verb, address + '/24', 'dev', 'eth0',
-                     netns=name)
-
-    def test_delays_no_other(self) -> None:
-        self.lab.add_pod('noisy', ONE)
-        self.assert_bound(ONE)
-        # The finder has spent the CPU budget of "noisy", which must wait.
-        self.change('add', LATER, 'noisy')
-        self.lab.add_pod('one', TWO)
-        self.finder.note_mounts()
-        self.assert_bound(ONE, TWO)
-        for verb, expected in (('add', {ONE, TWO, '100.75.30.83'}),
-                               ('del', {ONE, TWO})):
-            self.change(verb, '100.75.30.83', 'one')
-            self.assert_bound(*expected)
-        self.lab.del_netns('one')
-        self.assert_bound(ONE)
-        # The address added by "noisy" is bound after the wait.
-        now = time.monotonic
-        with mock.patch.object(time, 'monotonic', lambda: now() + 10 ** 6):
-            self.assert_bound(ONE, LATER)
-
-    def test_many_addresses_are_bound_by_and_by(self) -> None:
-        addresses = ['100.75.30.%d' % (100 + number) for number in range(9)]
-        self.lab.add_pod('one', *addresses)
-        with mock.patch.object(binder, '_TURN', 0.0):
-            while not self.bound():
-                self.step()
-            self.assertLess(len(self.bound()), len(addresses))
-            self.assert_bound(*addresses)
-
-    def test_what_is_bound_stays_beyond_the_limits(self) -> None:
-        self.lab.add_pod('one', ONE)
-        self.assert_bound(ONE)
-        with mock.patch.object(kernel, 'QUICK_LIMITS', kernel.Limits(4, 3, 4)):
-            for number in range(9):
-                self.lab.add_macvlan('one', 'aa%d' % number)
-                self.lab.run('ip', 'address', 'add', '10.0.0.%d' % number,
-                             'dev', 'aa%d' % number, netns='one')
-                self.lab.run('ip', 'address', 'add', '10.0.1.%d' % number,
-                             'dev', 'eth0', netns='one')
-            # The last address added is the last that the kernel lists.
-            self.change('del', ONE, 'one')
-            self.change('add', ONE, 'one')
-            self.finder.mark_all()
-            self.assert_bound(ONE)
-            self.lab.run('ip', 'link', 'del', 'eth0', netns='one')
-            self.assert_bound()
-
-    def test_work_is_bounded(self) -> None:
-        self.lab.add_pod('one', ONE)
-        self.assert_bound(ONE)
-        for number in range(9):
-            self.lab.add_macvlan('one', 'aa%d' % number)
-        limits = kernel.Limits(4, 3, 4)
-        with mock.patch.object(kernel, 'QUICK_LIMITS', limits), \
-                mock.patch.object(
-                    kernel.Netlink, 'address_states', autospec=True,
-                    side_effect=kernel.Netlink.address_states) as read:
-            found = kernel.list_macvlans_in(
-                '/run/netns/one', None, kernel.QUICK_LIMITS, ['aa8'])
-        self.assertEqual(3, read.call_count)
-        self.assertEqual('aa8', found[0].link.name)
-        self.assertLess(len(found), 7)
-        self.assertEqual(3, sum(each.is_whole for each in found))
-
-
-class TestEvents(FinderTestCase):
-
-    def test_old_process_with_a_new_macvlan(self) -> None:
-        """The parent's event reveals a new macvlan in an old namespace."""
-        pid = str(self.start_unnamed().pid)
-        self.work()
-        with mock.patch.object(kernel.search._Processes, 'new',
-                               return_value=[]):
-            os.mkdir(self.PROC)
-            os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
-            self.lab.run('ip', 'link', 'add', 'mv', 'link', 'eth0', 'netns',
-                         pid, 'type', 'macvlan', 'mode', 'bridge')
-            self.lab.run('nsenter', '--net', '--target', pid, 'ip', 'link',
-                         'set', 'mv', 'up')
-            self.lab.run('nsenter', '--net', '--target', pid, 'ip', 'address',
-                         'add', ONE + '/24', 'dev', 'mv')
-            self.assert_bound(ONE)
-
-    def test_a_process_that_ends_in_a_namespace_with_a_name(self) -> None:
-        """The finder examines a namespace by its name, not by a process.
-
-        The search has found the namespace by both.
-        """
-        os.mkdir(self.PROC)
-        self.work()
-        self.lab.add_pod('one', ONE)
-        self.finder.note_mounts()
-        self.finder._search_new()
-        process = subprocess.Popen(['ip', 'netns', 'exec', 'one', 'sleep',
-                                    '1000'])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        pid = str(process.pid)
-        lab.until(lambda: os.stat('/proc/%s/ns/net' % pid).st_ino
-                  == os.stat('/run/netns/one').st_ino)
-        os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
-        self.finder._search_new()
-        os.unlink('%s/%s' % (self.PROC, pid))
-        with mock.patch.object(kernel.Search, 'all', return_value=[]):
-            self.assert_bound(ONE)
-
-    def test_another_namespace_of_the_same_name(self) -> None:
-        """A new namespace at a known path replaces the old one.
-
-        The finder has not received the event of the old namespace's end.
-        """
-        self.lab.add_pod('one', ONE)
-        self.assert_bound(ONE)
-        known, = (each for each in self.finder._namespaces.values()
-                  if each.location.path.endswith('/one'))
-        self.lab.del_netns('one')
-        lab.until(lambda: kernel.judge_state(
-            known.location.path,
-            known.location.namespace) is kernel.State.GONE)
-        while select.select(self.finder.list_readable(), [], [], 1)[0]:
-            self.finder._events.get()
-        self.lab.add_pod('one', TWO)
-        with mock.patch.object(kernel.Search, 'all', return_value=[]), \
-                mock.patch.object(kernel.Search, 'new', return_value=[]):
-            self.finder._queue.mark(known, time.monotonic())
-            self.assert_bound(TWO)
-
-    def test_macvlans_of_known_namespaces_cause_no_search_for_all(self
-                                                                  ) -> None:
-        self.lab.add_netns('one')
-        self.finder.note_mounts()
-        self.work()
-        with mock.patch.object(kernel.Search, 'all') as searched:
-            self.lab.add_pod('two', TWO)
-            self.finder.note_mounts()
-            self.assert_bound(TWO)
-            self.lab.add_macvlan('one')
-            self.lab.run('ip', 'address', 'add', ONE + '/24', 'dev', 'eth0',
-                         netns='one')
-            self.assert_bound(ONE, TWO)
-            self.lab.del_netns('two')
-            self.assert_bound(ONE)
-        searched.assert_not_called()
-
-    def test_flood(self) -> None:
-        """The finder drops a flood of events, and reads all state again."""
-        self.lab.add_pod('one', ONE)
-        self.assert_bound(ONE)
-        events = self.finder._events
-        assert events is not None
-        with mock.patch.object(kernel.events, 'MAX_EVENTS', 9):
-            for _ in range(9):
-                for verb in ('add', 'del'):
-                    self.lab.run('ip', 'address', verb, '10.0.0.1', 'dev',
-                                 'eth0', netns='one')
-            self.lab.run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0',
-                         netns='one')
-            self.lab.add_pod('two', LATER)
-            self.finder.note_mounts()
-            changes = events.get()
-            self.assertEqual((True, 9), (changes.lost, changes.messages))
-            self.assertEqual(0, events.get().messages)
-            with mock.patch.object(events, 'get', side_effect=[changes]):
-                self.finder.read_events()
-            self.assert_bound(ONE, TWO, LATER)
-        self.lab.run('ip', 'address', 'del', TWO + '/24', 'dev', 'eth0',
-                     netns='one')
-        self.assert_bound(ONE, LATER)
-
-    def test_records_that_another_program_has_changed(self) -> None:
-        self.lab.add_pod('one', ONE)
-        self.lab.add_pod('two', TWO)
-        self.assert_bound(ONE, TWO)
-        record = self.snapshot().live[ipaddress.ip_address(ONE)]
-        self.manager().unbind(record.owner, base.addresses(ONE))
-        self.assertEqual({TWO}, self.bound())
-        queue = self.finder._queue
-        with mock.patch.object(queue, 'mark', side_effect=queue.mark) as mark:
-            self.finder.note_records()
-        self.assertEqual([record.namespace], [
-            call.args[0].location.namespace for call in mark.mock_calls])
-        self.assert_bound(ONE, TWO)
-
-    def test_namespace_that_gets_a_name(self) -> None:
-        """A record changes from a process's path to the namespace's name.
-
-        The name exists as long as the namespace; the process can end
-        earlier.
-        """
-        process = self.start_unnamed()
-        pid = str(process.pid)
-        os.mkdir(self.PROC)
-        os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
-        self.finder.mark_all()
-        self.lab.run('ip', 'link', 'add', 'eth0', 'link', 'eth0', 'netns', pid,
-                     'type', 'macvlan', 'mode', 'bridge')
-        self.lab.run('nsenter', '--net', '--target', pid, 'ip', 'address',
-                     'add', ONE + '/24', 'dev', 'eth0')
-        self.assert_bound(ONE)
-        self.lab.run('ip', 'netns', 'attach', 'one', pid)
-        self.finder.note_mounts()
-        process.kill()
-        process.wait()
-        os.remove('%s/%s' % (self.PROC, pid))
-        self.lab.run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0',
-                     netns='one')
-        self.assert_bound(ONE, TWO)
-        self.assertEqual({'/run/netns/one'}, {
-            record.netns for record in self.snapshot().live.values()})
 
 
 class TestRecords(base.LabTestCase):

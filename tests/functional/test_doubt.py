@@ -33,8 +33,9 @@ from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
 from tests.functional.base import OWNER
 from tests.functional.base import POD
-from tests.functional import test_cli
+from tests.functional import cli_base
 from tests.support import lab
+from tests.support import program
 
 MAC = 'fa:16:3e:00:00:%02x'
 STATE = '/run/kuryr-break0'
@@ -738,7 +739,7 @@ class TestPodSide(DoubtTestCase):
         self.assertEqual([], self.problems())
 
 
-class TestStatus(test_cli.CLITestCase):
+class TestStatus(cli_base.CLITestCase):
     """Status reports every fault that stops traffic or that a sync repairs."""
 
     def setUp(self) -> None:
@@ -838,7 +839,7 @@ class TestStatus(test_cli.CLITestCase):
                       owner=Owner('many', 'eth0'))
         for command in ('status', 'doctor', 'sync --dry-run --json'):
             done = self.lab.run(
-                'sh', '-c', '%s %s | true' % (test_cli.PROGRAM, command))
+                'sh', '-c', '%s %s | true' % (program.BREAK0, command))
             self.assertNotIn('Traceback', done.stdout)
             self.assertNotIn('BrokenPipe', done.stdout)
 

@@ -20,7 +20,7 @@ from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
 from tests.functional.base import OWNER
 from tests.functional.base import POD
-from tests.functional import test_metrics
+from tests.functional import metrics_base
 from tests.support import lab
 
 OWN = '/proc/thread-self/ns/net'
@@ -274,7 +274,7 @@ class TestSync(base.LabTestCase):
         self.assertEqual({}, self.lab.routes())
 
 
-class TestAgent(test_metrics.MetricsTestCase):
+class TestAgent(metrics_base.MetricsTestCase):
     """The agent keeps and reports addresses of sandboxes in doubt."""
 
     prefix = (*HIDDEN, *FEW_RIGHTS)

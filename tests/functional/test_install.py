@@ -8,8 +8,8 @@ import os
 import pathlib
 
 from tests.functional.base import POD
-from tests.functional.test_cli import CLITestCase
-from tests.functional.test_cli import PROGRAM
+from tests.functional.cli_base import CLITestCase
+from tests.support import program
 
 DEST = pathlib.Path('/run/dest')
 CIDRS = 'CIDRS=100.75.30.0/24,fd00:30::/64'
@@ -108,7 +108,7 @@ class TestInstall(CLITestCase):
 
     def test_uninstall_refuses_while_it_is_in_use(self) -> None:
         os.makedirs('/run/prefix/bin')
-        os.symlink(PROGRAM, '/run/prefix/bin/kuryr-break0')
+        os.symlink(program.BREAK0, '/run/prefix/bin/kuryr-break0')
         uninstall = ('PREFIX=/run/prefix', 'LOCAL=/run/local',
                      'UNITS=/run/units', 'SHIM=/run/shim', 'DROP_INS=')
         self.bind(POD)

@@ -21,10 +21,10 @@ from kuryr_break0 import kernel
 from kuryr_break0.kuryr import driver
 from tests.functional import base
 from tests.functional.base import POD
-from tests.functional.test_driver import CONTAINER
-from tests.functional.test_driver import DriverTestCase
-from tests.functional.test_driver import set_options
-from tests.functional.test_driver import vif
+from tests.functional.driver_base import CONTAINER
+from tests.functional.driver_base import DriverTestCase
+from tests.functional.driver_base import set_options
+from tests.functional.driver_base import vif
 from tests.support import lab
 
 

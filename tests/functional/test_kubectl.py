@@ -14,9 +14,9 @@ import tarfile
 
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
-from tests.functional.test_cli import CLITestCase
-from tests.functional.test_cli import PROGRAM
+from tests.functional.cli_base import CLITestCase
 from tests.support import overlay
+from tests.support import program
 
 PLUGIN = os.path.join(overlay.ROOT, 'etc/kubernetes/kubectl-break0')
 KUBECTL = """#!/bin/sh
@@ -47,7 +47,7 @@ class TestPlugin(CLITestCase):
         done = subprocess.run(
             [PLUGIN, *args], text=True, stdout=subprocess.PIPE, env={
                 **os.environ, 'PATH': '/run/bin:%s:%s' % (
-                    os.path.dirname(PROGRAM), os.environ['PATH'])})
+                    program.BIN, os.environ['PATH'])})
         self.assertEqual(code, done.returncode, done.stdout)
         return [' '.join(line.split()) for line in done.stdout.splitlines()]
 

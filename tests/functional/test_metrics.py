@@ -10,10 +10,9 @@ import resource
 import select
 import signal
 import socket
-import sys
 import threading
 import time
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator
 from unittest import mock
 
 from prometheus_client import core
@@ -30,71 +29,14 @@ from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
+from tests.functional.metrics_base import CONF
+from tests.functional.metrics_base import LOG
+from tests.functional.metrics_base import MAC
+from tests.functional.metrics_base import MetricsTestCase
 from tests.support import lab
 from tests.support import metrics
+from tests.support import monitoring
 from tests.support import program
-from tests.unit import test_monitoring
-
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
-CONF = '/run/kuryr.conf'
-LOG = '/run/agent.log'
-MAC = '02:00:00:00:00:71'
-
-
-class MetricsTestCase(base.LabTestCase):
-
-    where = metrics.DEFAULT
-    #: Arguments before the agent's command, such as those of setpriv.
-    prefix: tuple[str, ...] = ()
-
-    def configure(self, *lines: str, default: str = '') -> None:
-        with open(CONF, 'w') as file:
-            file.write('[DEFAULT]\n%s\n[break0]\n%s\n' % (
-                default, '\n'.join(lines)))
-
-    def start(self, *lines: str, default: str = '',
-              serving: bool = True) -> None:
-        """Start an agent with options of [break0], and wait for a sync.
-
-        By default no sync is due to the timer: the interval is one hour.
-        """
-        self.configure(*(lines or ('resync_interval = 3600',)),
-                       default=default)
-        self.agent = program.start(
-            [*self.prefix, PROGRAM, '--config-file', CONF, '--log-file', LOG,
-             'agent'])
-        self.addCleanup(self.agent.wait)
-        self.addCleanup(self.agent.kill)
-        if serving:
-            self.wait_for(lambda: self.value('sync_seconds_count') or 0)
-
-    def log(self) -> str:
-        with contextlib.suppress(FileNotFoundError), open(LOG) as file:
-            return file.read()
-        return ''
-
-    def wait_for(self, condition: Callable[[], Any]) -> None:
-        lab.until(condition, self.log)
-
-    def get(self, path: str = '/metrics') -> Optional[metrics.Answer]:
-        return metrics.get(path, self.where)
-
-    def value(self, name: str, **labels: str) -> Optional[float]:
-        if name.startswith('addresses_') or name == 'device_up':
-            return metrics.total(name, self.where)
-        return metrics.value(name, self.where, **labels)
-
-    def wait_for_value(self, expected: float, name: str,
-                       **labels: str) -> None:
-        lab.until(lambda: self.value(name, **labels) == expected,
-                  lambda: '%s %s is %s, not %s\n%s' % (
-                      name, labels, self.value(name, **labels), expected,
-                      self.log()))
-
-    def repairs(self, reason: str) -> float:
-        value = self.value('repairs_total', reason=reason)
-        assert value is not None, reason
-        return value
 
 
 class TestAddresses(MetricsTestCase):
@@ -206,7 +148,7 @@ class TestRepairs(MetricsTestCase):
     def test_by_other_processes(self) -> None:
         # The sync command and a bind make repairs before the agent starts.
         self.lab.run('ip', 'route', 'del', POD)
-        self.lab.run(PROGRAM, 'sync')
+        self.lab.run(program.BREAK0, 'sync')
         self.lab.run('ip', 'link', 'del', 'break0')
         self.bind(OTHER_POD)
         self.start()
@@ -704,7 +646,7 @@ class TestNames(MetricsTestCase):
 
     def test_the_manual_has_each_and_no_other(self) -> None:
         served = re.findall(r'^# TYPE (\S+) (\S+)$', self.text, re.M)
-        manual = test_monitoring.read(test_monitoring.MONITORING)
+        manual = monitoring.read(monitoring.MONITORING)
         self.assertEqual(
             sorted(served), sorted(re.findall(
                 r'^   \* - ``(\w+)``\n     - (\w+)$', manual, re.M)))
@@ -716,10 +658,10 @@ class TestNames(MetricsTestCase):
     def test_rules_and_dashboard_have_no_other(self) -> None:
         # Some metrics have a TYPE line and no sample on this node.
         served = set(re.findall(r'^(?:# TYPE )?(\w+)', self.text, re.M))
-        for path in (test_monitoring.RULES, test_monitoring.DASHBOARD,
-                     test_monitoring.RULE_TESTS):
+        for path in (monitoring.RULES, monitoring.DASHBOARD,
+                     monitoring.RULE_TESTS):
             used = set(re.findall(r'\b(?:kuryr_break0|process)_\w+',
-                                  test_monitoring.read(path)))
+                                  monitoring.read(path)))
             self.assertGreater(len(used), 5)
             self.assertEqual(set(), used - served, path)
 
@@ -790,7 +732,7 @@ class = oslo_log.formatters.JSONFormatter
 ''' % LOG)
         self.configure('resync_interval = 1',
                        default='log_config_append = /run/logging.conf')
-        self.agent = program.start([PROGRAM, '--config-file', CONF,
+        self.agent = program.start([program.BREAK0, '--config-file', CONF,
                                     'agent'])
         self.addCleanup(self.agent.wait)
         self.addCleanup(self.agent.kill)

@@ -20,8 +20,8 @@ from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OWNER
 from tests.functional.base import POD
-from tests.functional import test_cli
-from tests.functional import test_discovery
+from tests.functional import cli_base
+from tests.functional import discovery_base
 from tests.support import lab
 
 MAC, OTHER_MAC = '02:00:00:00:00:71', '02:00:00:00:00:72'
@@ -30,7 +30,7 @@ POD6 = 'fd00:30::71'
 LATER, LATER6, LEARNT6 = '100.75.30.72', 'fd00:30::72', 'fd00:30::73'
 
 
-class MissingTestCase(test_cli.CLITestCase):
+class MissingTestCase(cli_base.CLITestCase):
 
     def setUp(self) -> None:
         super().setUp()
@@ -264,22 +264,22 @@ class TestDoubt(MissingTestCase):
         self.assert_stays()
 
 
-class TestAgent(test_discovery.DiscoveryTestCase):
+class TestAgent(discovery_base.DiscoveryTestCase):
 
     def test_a_container_of_cni_changes_its_address(self) -> None:
-        netns = self.lab.add_pod('one', test_discovery.ONE, mac=MAC)
+        netns = self.lab.add_pod('one', discovery_base.ONE, mac=MAC)
         self.manager().bind(
-            OWNER, base.addresses(test_discovery.ONE), parent=lab.PARENT,
+            OWNER, base.addresses(discovery_base.ONE), parent=lab.PARENT,
             netns=netns, mac=MAC, origin=Origin.CNI)
-        self.start(test_discovery.OPTIONS.replace('3600', '1'))
-        for verb, address in (('del', test_discovery.ONE),
-                              ('add', test_discovery.TWO)):
+        self.start(discovery_base.OPTIONS.replace('3600', '1'))
+        for verb, address in (('del', discovery_base.ONE),
+                              ('add', discovery_base.TWO)):
             self.inside('one', 'ip', 'address', verb, address + '/24', 'dev',
                         'eth0')
-        self.until_bound(test_discovery.TWO)
-        self.assert_reachable(test_discovery.TWO, 'one')
+        self.until_bound(discovery_base.TWO)
+        self.assert_reachable(discovery_base.TWO, 'one')
         # When the pod lost its last address, the kernel deleted the pod's
         # neighbour for the node.
         lab.until(lambda: not self.problems(), self.log)
         self.assertIn('%s is not bound for %s any more' % (
-            test_discovery.ONE, OWNER), self.log())
+            discovery_base.ONE, OWNER), self.log())

@@ -8,7 +8,7 @@ import os
 import subprocess
 
 from tests.functional.base import POD
-from tests.functional import test_cli
+from tests.functional import cli_base
 from tests.support import lab
 
 #: Clears a line, reverses the following text, and is invalid UTF-8.
@@ -16,7 +16,7 @@ HOSTILE = b'n\xc2\x9b2K\xe2\x80\xae'
 NO_TEXT = b'nic\xff0'
 
 
-class TestNames(test_cli.CLITestCase):
+class TestNames(cli_base.CLITestCase):
 
     def rename(self, name: bytes) -> str:
         subprocess.run([b'ip', b'link', b'set', lab.PARENT.encode(), b'down'],

@@ -25,9 +25,8 @@ from tests.functional.doctor.base import OTHER4
 from tests.functional.doctor.base import OTHER6
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
-from tests.functional.doctor.base import PROGRAM
 from tests.functional.doctor.base import SUBNETS
-from tests.functional import test_parents
+from tests.functional import parents_base
 from tests.support import lab
 from tests.support import program
 
@@ -141,7 +140,7 @@ class ParentKindTestCase(DoctorTestCase):
             file.write('[break0]\nresync_interval = 3600\n' + ''.join(
                 '%s = %s\n' % each for each in self.OPTIONS.items()))
         agent = program.start([
-            PROGRAM, '--config-file', CONF, '--log-file', LOG, 'agent'])
+            program.BREAK0, '--config-file', CONF, '--log-file', LOG, 'agent'])
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
         log = pathlib.Path(LOG)
@@ -340,11 +339,11 @@ class TestVrf(Cases, VrfTestCase):
 
     def test_probe(self) -> None:
         done = self.lab.run('env', 'OS_BREAK0__ROUTE_TABLE=%d' % TABLE,
-                            PROGRAM, 'probe', '--all', check=False)
+                            program.BREAK0, 'probe', '--all', check=False)
         self.assertEqual(0, done.returncode, done.stdout)
         # A refused connection is an answer.
         done = self.lab.run('env', 'OS_BREAK0__ROUTE_TABLE=%d' % TABLE,
-                            PROGRAM, 'probe', '--tcp', '9', POD4,
+                            program.BREAK0, 'probe', '--tcp', '9', POD4,
                             check=False)
         self.assertEqual(0, done.returncode, done.stdout)
 
@@ -379,7 +378,7 @@ class TestIntoAVrf(ParentKindTestCase):
         self.assert_well()
 
 
-class TestVlanBesideItsNic(test_parents.ParentsTestCase):
+class TestVlanBesideItsNic(parents_base.ParentsTestCase):
     """Pods with an interface on a NIC and another one on its VLAN."""
 
     NIC = '%s.%s' % (lab.PARENT, VLAN)

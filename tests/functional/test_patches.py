@@ -16,11 +16,11 @@ from kuryr_break0.kernel import ipdb
 from kuryr_break0.kuryr import patches
 from tests.functional import base
 from tests.functional.base import POD
-from tests.functional import test_driver
+from tests.functional import driver_base
 from tests.support import lab
 
 
-class TestView(test_driver.DriverTestCase):
+class TestView(driver_base.DriverTestCase):
 
     def test_interfaces_and_addresses_are_those_of_the_node(self) -> None:
         self.lab.add_ipv6()
@@ -80,7 +80,7 @@ class TestView(test_driver.DriverTestCase):
 
     def test_the_parent_that_kubelet_listens_on(self) -> None:
         # Kuryr finds this parent by its addresses.
-        test_driver.set_options(self, 'binding', link_iface='')
+        driver_base.set_options(self, 'binding', link_iface='')
         self.lab.run('ip', 'link', 'add', 'a-first', 'type', 'veth',
                      'peer', 'name', 'a-second')
         self.lab.run('ip', 'link', 'set', 'a-second', 'up')
@@ -92,7 +92,7 @@ class TestView(test_driver.DriverTestCase):
                          self.pod_links()['eth0']['link_index'])
 
 
-class TestNotAsExpected(test_driver.DriverTestCase):
+class TestNotAsExpected(driver_base.DriverTestCase):
     """Without our patches, Kuryr binds more slowly, but loses no pod."""
 
     def test_pyroute2_has_changed(self) -> None:
@@ -111,7 +111,7 @@ class TestNotAsExpected(test_driver.DriverTestCase):
         self.assertIn(POD, self.lab.routes())
 
 
-class TestCost(test_driver.DriverTestCase):
+class TestCost(driver_base.DriverTestCase):
 
     PROGRAM = '''
         from kuryr_break0.kernel import ipdb

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from typing import Any, Optional
 
@@ -29,7 +28,6 @@ SUBNETS = ['100.75.30.0/24', 'fd00:30::/64']
 FAR_SUBNETS = ['100.75.40.0/24', 'fd00:40::/64']
 BREAK0 = '100.75.30.7'
 BREAK06 = 'fd00:30::7'
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 
 class DualStackTestCase(base.LabTestCase):
@@ -206,7 +204,7 @@ class TestSilence(DualStackTestCase):
             for number in range(2, 11):
                 self.unbind(self.v4(number), self.v6(number),
                             owner=Owner('pod-%d' % number, 'eth0'))
-            agent = program.start([PROGRAM, 'agent'],
+            agent = program.start([program.BREAK0, 'agent'],
                                   stderr=subprocess.DEVNULL)
             self.addCleanup(agent.wait)
             self.addCleanup(agent.kill)

@@ -8,9 +8,9 @@ from typing import Any
 
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import POD
-from tests.functional.test_cli import CLITestCase
-from tests.functional.test_cli import PROGRAM
+from tests.functional.cli_base import CLITestCase
 from tests.support import lab
+from tests.support import program
 
 POD6 = 'fd00:30::71'
 #: An address in another subnet than the node's.
@@ -139,7 +139,7 @@ class TestProbe(CLITestCase):
 
     def test_without_the_capability(self) -> None:
         done = self.lab.run('setpriv', '--bounding-set', '-net_raw',
-                            PROGRAM, 'probe', POD, check=False)
+                            program.BREAK0, 'probe', POD, check=False)
         self.assertEqual(3, done.returncode)
         self.assertIn('it needs CAP_NET_RAW', done.stdout)
         self.assertNotIn('Traceback', done.stdout)

@@ -20,7 +20,6 @@ from tests.functional.doctor.base import OTHER4
 from tests.functional.doctor.base import OWNER_79
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
-from tests.functional.doctor.base import PROGRAM
 from tests.support import lab
 from tests.support import program
 
@@ -306,7 +305,7 @@ class ProblemsTestCase(DoctorTestCase):
     def command(self, fault: Fault, *args: str
                 ) -> subprocess.CompletedProcess[str]:
         run = subprocess.run if fault.is_executed else program.run
-        done = run([PROGRAM, *args], text=True, stdout=subprocess.PIPE,
+        done = run([program.BREAK0, *args], text=True, stdout=subprocess.PIPE,
                    stderr=subprocess.PIPE, env={
                        **os.environ, 'COLUMNS': '500', **{
                            'OS_BREAK0__' + name.upper(): ','.join(value)

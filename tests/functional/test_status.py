@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from unittest import mock
 
@@ -15,9 +13,9 @@ from kuryr_break0 import kernel
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from tests.functional import base
-from tests.functional.test_cli import CLITestCase
-from tests.functional.test_cli import PROGRAM
+from tests.functional.cli_base import CLITestCase
 from tests.support import lab
+from tests.support import program
 
 LONG = 'a-namespace-with-a-rather-long-name/a-pod-whose-name-is-longer-still'
 ID = 'c0ffee' * 10
@@ -72,7 +70,7 @@ class TestStatus(CLITestCase):
         self.assertIn('its route is missing',
                       self.text('--wait', '1', code=1))
         self.assertGreater(time.monotonic() - began, 1)
-        waiting = subprocess.Popen([PROGRAM, 'status', '--wait', '170'],
+        waiting = subprocess.Popen([program.BREAK0, 'status', '--wait', '170'],
                                    stdout=subprocess.DEVNULL)
         self.addCleanup(waiting.wait)
         self.addCleanup(waiting.kill)
@@ -182,8 +180,8 @@ class TestStatus(CLITestCase):
 
     def watch(self, *options: str) -> subprocess.Popen[str]:
         watching = subprocess.Popen(
-            [os.path.join(os.path.dirname(sys.executable), 'kuryr-break0'),
-             'status', '--watch', *options], stdout=subprocess.PIPE, text=True)
+            [program.BREAK0, 'status', '--watch', *options],
+            stdout=subprocess.PIPE, text=True)
         self.addCleanup(watching.communicate)
         self.addCleanup(watching.kill)
         return watching

@@ -15,16 +15,16 @@ from typing import Callable
 import psutil
 
 from kuryr_break0 import ledger
+from tests.functional import agent_base
 from tests.functional import base
 from tests.functional.base import POD
-from tests.functional import test_agent
 from tests.support import metrics
 
 SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_DROP_MEMBERSHIP = 263, 1, 2
 PACKET_MR_PROMISC = 1
 
 
-class StormTestCase(test_agent.AgentTestCase):
+class StormTestCase(agent_base.AgentTestCase):
 
     def setUp(self) -> None:
         super().setUp()
@@ -139,7 +139,7 @@ class TestNothingOfOurs(StormTestCase):
 class TestItsOwn(StormTestCase):
 
     def test_a_sync_is_never_its_own_event(self) -> None:
-        with open(test_agent.CONF, 'w') as file:
+        with open(agent_base.CONF, 'w') as file:
             file.write('[break0]\nresync_interval = 3600\n'
                        'addr = 100.75.30.7,fd00:30::7\n')
         self.agent.send_signal(signal.SIGHUP)
@@ -153,7 +153,7 @@ class TestItsOwn(StormTestCase):
     def test_one_that_fails_again_and_again_is_repeated_less(self) -> None:
         # The parent does not exist, and the node has constant events.
         made = ledger.Ledger('/run/kuryr-break0', 10)
-        address, = test_agent.base.addresses('100.75.30.99')
+        address, = base.addresses('100.75.30.99')
         made.records.put([ledger.Record(
             address, ledger.Owner('x', 'eth0'), 'eth7')])
         self.wait_for(lambda: (metrics.value('sync_failures_total')
@@ -166,11 +166,11 @@ class TestItsOwn(StormTestCase):
         self.assertLess(self.syncs() - before, 12)
 
 
-class TestBounded(test_agent.AgentTestCase):
+class TestBounded(agent_base.AgentTestCase):
 
     def test_a_configuration_that_cannot_be_read_is_said(self) -> None:
-        os.unlink(test_agent.CONF)
-        os.mkdir(test_agent.CONF)
+        os.unlink(agent_base.CONF)
+        os.mkdir(agent_base.CONF)
         self.agent.send_signal(signal.SIGHUP)
         self.wait_for(lambda: 'Keeping the previous' in self.log())
         self.assertNotIn('Read the configuration again', self.log())

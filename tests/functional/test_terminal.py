@@ -15,9 +15,9 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.base import POD
-from tests.functional.test_cli import CLITestCase
-from tests.functional.test_cli import PROGRAM
+from tests.functional.cli_base import CLITestCase
 from tests.support import lab
+from tests.support import program
 
 POD6 = 'fd00:30:1234:5678:9abc:def0:1234:71'
 RED = '\x1b[31m'
@@ -29,7 +29,7 @@ class TestTerminal(CLITestCase):
         """Return the output of the command on a terminal."""
         master, slave = pty.openpty()
         with open(master, 'rb', buffering=0) as file:
-            with subprocess.Popen([PROGRAM, *args], stdout=slave,
+            with subprocess.Popen([program.BREAK0, *args], stdout=slave,
                                   stderr=slave, env={
                     **os.environ, 'TERM': 'xterm', 'COLUMNS': '80',
                     **environ}):
@@ -124,7 +124,7 @@ class TestTerminal(CLITestCase):
         shown = self.call('--help', HOME='/run/home').stdout
         self.assertIn('On this host: %s\nIgnored: %s\n' % tuple(paths), shown)
         agent = subprocess.Popen(
-            [PROGRAM, 'agent'], stderr=subprocess.PIPE, text=True,
+            [program.BREAK0, 'agent'], stderr=subprocess.PIPE, text=True,
             env={**os.environ, 'HOME': '/run/home'})
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from typing import Any
 from unittest import mock
@@ -24,26 +23,26 @@ from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.model import Owner
 from tests.functional import base
-from tests.functional import test_discovery
+from tests.functional import discovery_base
 from tests.support import lab
 from tests.support import program
 
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 ONE, ONE6 = '100.75.30.81', 'fd00:30::81'
 #: Makes the node a Docker host. On a node of Kuryr, the doctor advises adopt.
 NO_KURYR = mock.patch.object(host.installation, 'is_for_kuryr',
                              lambda: False)
 
 
-class UnservedTestCase(test_discovery.DiscoveryTestCase):
+class UnservedTestCase(discovery_base.DiscoveryTestCase):
 
     def configure(self, *lines: str) -> None:
-        with open(test_discovery.CONF, 'w') as file:
+        with open(discovery_base.CONF, 'w') as file:
             file.write('[break0]\n' + '\n'.join((*lines, '')))
 
     def call(self, verb: str, *args: str) -> subprocess.CompletedProcess[str]:
         done = program.run(
-            [PROGRAM, '--config-file', test_discovery.CONF, verb, *args],
+            [program.BREAK0, '--config-file', discovery_base.CONF, verb,
+             *args],
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, 'COLUMNS': '500'})  # no line is folded
         self.assertNotIn('Traceback', done.stderr)
@@ -89,7 +88,7 @@ class TestReasons(UnservedTestCase):
         finding = self.finding('container-not-discovered')
         # The command reads the configuration that this doctor has read.
         self.assertEqual(['kuryr-break0 --config-file %s adopt'
-                          % test_discovery.CONF], finding['commands'])
+                          % discovery_base.CONF], finding['commands'])
         self.assertEqual('Bind pods that ran before the installation with '
                          'adopt.', finding['remedy'])
 
@@ -135,7 +134,7 @@ class TestReasons(UnservedTestCase):
     @staticmethod
     def conf() -> Any:
         conf = cfg.ConfigOpts()
-        conf([], default_config_files=[test_discovery.CONF])
+        conf([], default_config_files=[discovery_base.CONF])
         return conf
 
     def examined(self) -> dict[str, Any]:
@@ -173,7 +172,7 @@ class TestReasons(UnservedTestCase):
 
     def test_another_parent(self) -> None:
         self.lab.add_pod('one', ONE)
-        self.start(test_discovery.OPTIONS + 'parent = eth7\n', 'env')
+        self.start(discovery_base.OPTIONS + 'parent = eth7\n', 'env')
         self.until(lambda: self.status() == [(ONE, 'other_parent')])
         finding = self.finding('container-other-parent')
         self.assertIn('parent is eth7, and there is no such interface',
@@ -186,7 +185,7 @@ class TestReasons(UnservedTestCase):
         self.lab.run('ip', 'link', 'add', 'eth1', 'up', 'type', 'veth',
                      'peer', 'name', 'nic1', 'netns', 'lan')
         self.lab.add_pod('one', ONE, parent='eth1')
-        self.configure(test_discovery.OPTIONS, 'parent = eth0')
+        self.configure(discovery_base.OPTIONS, 'parent = eth0')
         self.assertEqual([(ONE, 'other_parent')], self.status())
         self.follow('container-other-parent')
         self.assertEqual([(ONE, 'not_discovered')], self.status())
@@ -365,7 +364,7 @@ class TestPodSide(UnservedTestCase):
         self.assertEqual(1, done.returncode)
         command = done.stdout.partition('Enable it: ')[2].splitlines()[0]
         self.lab.run('sh', '-c', 'PATH=%s:$PATH; %s' % (
-            os.path.dirname(PROGRAM), command))
+            program.BIN, command))
         self.assertEqual(0, self.call('status').returncode)
 
 

@@ -11,9 +11,8 @@ from typing import Optional
 from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
 from tests.functional import base
+from tests.functional.cli_base import CLITestCase
 from tests.functional.doctor.base import DoctorTestCase
-from tests.functional.test_cli import CLITestCase
-from tests.functional.test_cli import PROGRAM
 from tests.support import lab
 from tests.support import program
 
@@ -291,9 +290,9 @@ class TestEnd(VMTestCase):
         self.bind_both()
         self.lab.run('ip', 'link', 'add', 'break0', 'link', 'nic', 'type',
                      'macvlan', netns='lan')
-        self.lab.run(PROGRAM, 'sync', netns='lan', check=False)
+        self.lab.run(program.BREAK0, 'sync', netns='lan', check=False)
         self.assertIn('another network namespace than its macvtap',
-                      self.lab.run(PROGRAM, 'status', netns='lan',
+                      self.lab.run(program.BREAK0, 'status', netns='lan',
                                    check=False).stdout.replace('\n', ' '))
         self.assertEqual({ONE, ONE6, TWO, TWO6}, self.bound())
 
@@ -310,7 +309,7 @@ class TestEnd(VMTestCase):
             # No sync may be due to the timer.
             file.write('[break0]\nresync_interval = 3600\n')
         agent = program.start(
-            [PROGRAM, '--config-file', '/run/kuryr.conf', '--log-file',
+            [program.BREAK0, '--config-file', '/run/kuryr.conf', '--log-file',
              '/run/agent.log', 'agent'])
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

@@ -10,8 +10,8 @@ import json
 import re
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional
-from typing import Tuple
+from typing import Any, Callable, Deque, Dict, List, NamedTuple
+from typing import Optional, Tuple
 from urllib import parse
 import uuid
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import unittest
@@ -71,3 +73,17 @@ class TestImports(unittest.TestCase):
         found = imported('cni', CNI_COMMAND='VERSION')
         self.assertIn('kuryr_break0.cni.plugin', found)
         self.assertEqual(set(), {*SLOW, 'kuryr_break0.doctor'} & found)
+
+
+class TestTests(unittest.TestCase):
+
+    def test_no_test_module_imports_another_test_module(self) -> None:
+        """An imported test case would run again with its importer."""
+        tests = pathlib.Path(__file__).parents[1]
+        modules = list(tests.rglob('*.py'))
+        self.assertGreater(len(modules), 100)
+        self.assertEqual({}, {
+            str(path.relative_to(tests)): imports for path in modules
+            if (imports := re.findall(
+                r'^(?:from|import) +tests\b.*\btest_\w+.*',
+                path.read_text(), re.MULTILINE))})

@@ -17,16 +17,11 @@ import unittest
 
 import yaml
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-RULES = os.path.join(ROOT, 'etc/prometheus/kuryr-break0.rules.yaml')
-RULE_TESTS = os.path.join(ROOT, 'tests/prometheus/kuryr-break0.test.yaml')
-DASHBOARD = os.path.join(ROOT, 'etc/grafana/kuryr-break0.json')
-MONITORING = os.path.join(ROOT, 'doc/source/admin/monitoring.rst')
-
-
-def read(path: str) -> str:
-    with open(path) as file:
-        return file.read()
+from tests.support.monitoring import DASHBOARD
+from tests.support.monitoring import MONITORING
+from tests.support.monitoring import read
+from tests.support.monitoring import RULE_TESTS
+from tests.support.monitoring import RULES
 
 
 def alerts() -> list[str]:

@@ -10,14 +10,12 @@ import os
 import pathlib
 import socket
 import subprocess
-import sys
 from typing import Any, Optional
 
 from tests.functional import base
 from tests.support import lab
 from tests.support import program
 
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 PLUGINS = '/usr/lib/cni'
 BIN = '/run/cni-bin'
 CONF = '/run/kuryr.conf'
@@ -176,7 +174,8 @@ class CNITestCase(base.LabTestCase):
 
     def installed(self, *args: str) -> str:
         done = program.run(
-            [PROGRAM, '--config-file', CONF, 'cni-install', '--bin-dir', BIN,
+            [program.BREAK0, '--config-file', CONF, 'cni-install',
+             '--bin-dir', BIN,
              *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True)
         self.assertEqual(0, done.returncode, done.stdout)
@@ -186,7 +185,7 @@ class CNITestCase(base.LabTestCase):
         """Start an agent, and wait until it serves CNI requests."""
         inode = self.socket_inode()
         with LOG.open('ab') as log:
-            agent = self.start_program([PROGRAM, '--config-file', CONF,
+            agent = self.start_program([program.BREAK0, '--config-file', CONF,
                                         'agent'], stderr=log)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

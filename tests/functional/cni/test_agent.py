@@ -18,8 +18,7 @@ import subprocess
 import termios
 import threading
 import time
-from typing import Callable
-from typing import Iterator
+from typing import Callable, Iterator
 from unittest import mock
 
 import psutil
@@ -187,7 +186,7 @@ class TestServer(base.WithShim, ShimTestCase):
         inode = self.socket_inode()
         with open('/run/second.log', 'wb') as log:
             second = program.start([
-                base.PROGRAM, '--config-file', base.CONF, 'agent'],
+                program.BREAK0, '--config-file', base.CONF, 'agent'],
                 stderr=log)
         self.addCleanup(second.wait)
         self.addCleanup(second.kill)
@@ -321,7 +320,7 @@ class TestServer(base.WithShim, ShimTestCase):
         left = {address[name] for name in names if not int(name[1:]) % 2}
         self.assertEqual(left, self.bound())
         # sync exits with 1: after a DEL, a container exists but is not bound.
-        self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'sync',
+        self.lab.run(program.BREAK0, '--config-file', base.CONF, 'sync',
                      check=False)
         self.assertEqual(left, set(self.lab.routes()))
         self.assertEqual([], self.problems())
@@ -367,7 +366,7 @@ class TestHindered(base.WithShim, ShimTestCase):
         """Start an agent while another one serves CNI requests."""
         with open('/run/second.log', 'wb') as log:
             agent = self.start_program([
-                base.PROGRAM, '--config-file', base.CONF, 'agent'],
+                program.BREAK0, '--config-file', base.CONF, 'agent'],
                 stderr=log)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

@@ -35,7 +35,7 @@ class TestInstall(unittest.TestCase):
 
     def install(self, *args: str, code: int = 0) -> str:
         done = program.run(
-            [base.PROGRAM, '--config-file', str(self.conf), 'cni-install',
+            [program.BREAK0, '--config-file', str(self.conf), 'cni-install',
              *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True)
         self.assertEqual(code, done.returncode, done.stdout)

@@ -20,6 +20,7 @@ from tests.functional.cni.base import network
 from tests.functional.cni.base import OTHER_ID
 from tests.support import dhcp
 from tests.support import lab
+from tests.support import program
 
 VERSIONS = ['0.3.1', '0.4.0', '1.0.0', '1.1.0']
 
@@ -247,7 +248,7 @@ class PluginSuite(base.CNITestCase):
             self.assertEqual(102, failed.exception.code)
             self.assertIn(text, failed.exception.text)
             self.paused('CONT')
-            self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'sync')
+            self.lab.run(program.BREAK0, '--config-file', base.CONF, 'sync')
             # The agent may be repairing the same fault.
             lab.until(self.is_checked)
         self.assertEqual(mac, self.lab.link('break0') or {})
@@ -279,7 +280,7 @@ class PluginSuite(base.CNITestCase):
         path = '/run/one-process/break0'
         if not os.path.exists(path):
             os.mkdir('/run/one-process')
-            self.lab.run(base.PROGRAM, '--config-file', base.CONF,
+            self.lab.run(program.BREAK0, '--config-file', base.CONF,
                          'cni-install', '--without-agent', '--bin-dir',
                          '/run/one-process')
         return path
@@ -332,7 +333,7 @@ class PluginSuite(base.CNITestCase):
         self.lab.add_pod('kuryr', '100.75.30.40')
         self.bind('100.75.30.40', netns='/run/netns/kuryr')
         self.lab.add_pod('manual', '100.75.30.41')
-        self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'bind',
+        self.lab.run(program.BREAK0, '--config-file', base.CONF, 'bind',
                      '--owner', 'lan', '--netns', '/run/netns/manual')
         lan = self.runtime.single({**self.lan, 'cniVersion': '1.1.0'})
         valid = 'cni.dev/valid-attachments'

@@ -21,7 +21,6 @@ from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.support import program
 
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 POD4, POD6 = '100.75.30.71', 'fd00:30::71'
 OTHER4, OTHER6 = '100.75.30.72', 'fd00:30::72'
 OWNER_79 = Owner('sandbox-79', 'eth0')
@@ -57,7 +56,7 @@ class DoctorTestCase(base.LabTestCase):
              **environ: str) -> subprocess.CompletedProcess[str]:
         options = ['--config-file', config] if config else []
         done = program.run(
-            [PROGRAM, *options, 'doctor', *args], text=True,
+            [program.BREAK0, *options, 'doctor', *args], text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env={**os.environ, **environ})
         self.assertNotIn('Traceback', done.stderr)
@@ -109,4 +108,4 @@ class DoctorTestCase(base.LabTestCase):
         for command in finding['commands']:
             if not command.startswith(('ip monitor', 'grep', 'ip rule')):
                 self.lab.run('sh', '-c', 'PATH=%s:$PATH; %s' % (
-                    os.path.dirname(PROGRAM), command))
+                    program.BIN, command))

@@ -18,7 +18,6 @@ from kuryr_break0.doctor import records
 from tests.functional import base
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import POD4
-from tests.functional.doctor.base import PROGRAM
 from tests.support import lab
 from tests.support import program
 
@@ -63,7 +62,7 @@ class TestAgent(DoctorTestCase):
         command, = finding['commands']
         self.assertEqual('kuryr-break0 --config-file %s agent' % CONF, command)
         # The command, pasted unchanged, starts the agent with these options.
-        started = program.start([PROGRAM, *command.split()[1:]])
+        started = program.start([program.BREAK0, *command.split()[1:]])
         self.addCleanup(started.wait)
         self.addCleanup(started.kill)
         lab.until(lambda: not self.findings_of(CONF))

@@ -9,9 +9,9 @@ from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import OTHER4
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
-from tests.functional.doctor.base import PROGRAM
 from tests.support import firewalls
 from tests.support import lab
+from tests.support import program
 
 
 class TestFirewall(DoctorTestCase):
@@ -229,11 +229,11 @@ class TestFirewall(DoctorTestCase):
             'table ip vpn { chain out { type nat hook postrouting priority '
             '100; ip saddr 10.8.0.0/24 oifname "eth0" counter masquerade; }; '
             '}')
-        for program, *rule in (('nft', native), ('iptables-nft', *legacy),
+        for command, *rule in (('nft', native), ('iptables-nft', *legacy),
                                ('iptables-legacy', *legacy)):
-            with self.subTest(program):
+            with self.subTest(command):
                 self.sysctl('ipv4.ip_forward', 0)
-                self.lab.run(program, *rule)
+                self.lab.run(command, *rule)
                 self.assertEqual({}, self.findings())
                 self.sysctl('ipv4.ip_forward', 1)
                 self.assertFalse(self.lab.ping(POD4, 'vpn'))
@@ -242,10 +242,10 @@ class TestFirewall(DoctorTestCase):
                 self.follow(finding)
                 self.assertTrue(self.lab.ping(POD4, 'vpn'))
                 self.assertEqual({}, self.findings())
-                if program == 'nft':
+                if command == 'nft':
                     self.nft('delete table ip vpn')
                 else:
-                    self.lab.run(program, '-t', 'nat', '-F')
+                    self.lab.run(command, '-t', 'nat', '-F')
 
     def test_other_interfaces(self) -> None:
         self.nft('table netdev t { chain c { type filter hook ingress device '
@@ -267,18 +267,18 @@ class TestFirewall(DoctorTestCase):
                 self.nft('delete table inet raw')
 
     def test_iptables(self) -> None:
-        for program, ping in (('iptables', lab.NODE), ('ip6tables',
+        for command, ping in (('iptables', lab.NODE), ('ip6tables',
                                                        lab.NODE6)):
             for flavour in ('nft', 'legacy'):
-                with self.subTest(program=program, flavour=flavour):
-                    self.lab.run('%s-%s' % (program, flavour), '-A', 'INPUT',
+                with self.subTest(command=command, flavour=flavour):
+                    self.lab.run('%s-%s' % (command, flavour), '-A', 'INPUT',
                                  '-i', 'break+', '-m', 'comment',
                                  '--comment', 'a -j ACCEPT', '-j', 'REJECT')
                     self.assertFalse(self.lab.ping(ping, 'pod'))
                     finding = self.findings()['firewall-drops']
                     self.assertEqual(
                         ['%s -t filter -I INPUT -i break0 -j ACCEPT' % (
-                            program + ('-legacy' if flavour == 'legacy'
+                            command + ('-legacy' if flavour == 'legacy'
                                        else ''))], finding['commands'])
                     self.follow(finding)
                     self.assertTrue(self.lab.ping(ping, 'pod'))
@@ -293,7 +293,8 @@ class TestFirewall(DoctorTestCase):
     def test_a_trace_names_a_rule_of_iptables_legacy(self) -> None:
         self.lab.run('iptables-legacy', '-A', 'OUTPUT', '-d', POD4, '-j',
                      'DROP')
-        done = self.lab.run(PROGRAM, 'probe', POD4, '--trace', check=False)
+        done = self.lab.run(program.BREAK0, 'probe', POD4, '--trace',
+                            check=False)
         self.assertIn('on the node the table filter of iptables-legacy, chain '
                       'OUTPUT, has: -A OUTPUT -d %s/32 -j DROP' % POD4,
                       ' '.join(done.stdout.split()))

@@ -9,7 +9,6 @@ import subprocess
 
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import POD4
-from tests.functional.doctor.base import PROGRAM
 from tests.support import lab
 from tests.support import program
 
@@ -17,7 +16,7 @@ from tests.support import program
 class TestHealthy(DoctorTestCase):
 
     def test_nothing_is_found(self) -> None:
-        agent = program.start([PROGRAM, 'agent'],
+        agent = program.start([program.BREAK0, 'agent'],
                               stderr=subprocess.DEVNULL)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.send_signal, signal.SIGTERM)

@@ -12,7 +12,7 @@ import yaml
 
 from tests.functional.cni import base as cni_base
 from tests.functional.doctor.base import DoctorTestCase
-from tests.functional.doctor.base import PROGRAM
+from tests.support import program
 
 
 class TestInstallation(DoctorTestCase):
@@ -84,7 +84,7 @@ class TestInstallation(DoctorTestCase):
     def run_with(self, *args: str, code: int
                  ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [PROGRAM, *args], text=True, stdout=subprocess.PIPE,
+            [program.BREAK0, *args], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, 'PYTHONPATH': self.PATH})
         self.assertEqual(code, done.returncode, done.stderr)
@@ -149,10 +149,10 @@ class TestKuryrsPlugin(DoctorTestCase):
         self.lab.run('mount', '-t', 'tmpfs', 'plugins', cni_base.PLUGINS)
         self.addCleanup(self.lab.run, 'umount', cni_base.PLUGINS)
         path = os.path.join(cni_base.PLUGINS, 'kuryr-cni')
-        program = os.path.join(os.path.dirname(PROGRAM), 'kuryr-cni')
+        plugin = os.path.join(program.BIN, 'kuryr-cni')
         with open(path, 'w') as file:
-            file.write('#!/bin/sh\nexec %s "$@"\n' % program)
-        self.assert_found('plugin-slow', program, path, severity='note')
+            file.write('#!/bin/sh\nexec %s "$@"\n' % plugin)
+        self.assert_found('plugin-slow', plugin, path, severity='note')
         self.call()  # with a note alone, the exit status is 0
         shutil.copy('/bin/true', path)
         self.assertEqual({}, self.findings())

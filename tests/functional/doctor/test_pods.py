@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import sys
 import threading
 from typing import Any
 from unittest import mock
@@ -22,6 +20,7 @@ from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import SUBNETS
 from tests.support import lab
+from tests.support import program
 
 #: An address on the node's link, outside of the node's subnet
 FAR4 = '100.75.40.71'
@@ -224,8 +223,7 @@ class TestInterfaces(DoctorTestCase):
         self.assertEqual('error', found['pod-down']['severity'])
         self.assertEqual([OTHER4, OTHER6], found['pod-down']['subjects'])
         self.follow(found['pod-down'])
-        self.lab.run(os.path.join(os.path.dirname(sys.executable),
-                                  'kuryr-break0'), 'sync')
+        self.lab.run(program.BREAK0, 'sync')
         self.lab.settle()
         self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping(OTHER4))

@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 from typing import Any, Iterator, NamedTuple, Optional
 
@@ -43,7 +42,6 @@ BREAK0 = str(policy.link_address('break0'))
 PORT = 8080  # the port of each server
 PUBLISHED = 30080  # the port of the node that is forwarded to a server
 PROTOCOLS = ('ping', 'tcp', 'udp')
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 #: Seconds to wait for an answer that must not come.
 SILENCE = 0.5
 

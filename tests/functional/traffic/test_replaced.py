@@ -8,13 +8,13 @@ import unittest
 from unittest import mock
 
 from kuryr_break0.discovery.namespace import Namespace
-from tests.functional import test_discovery
-from tests.functional.test_discovery import ONE
-from tests.functional.test_discovery import ONE6
+from tests.functional import discovery_base
+from tests.functional.discovery_base import ONE
+from tests.functional.discovery_base import ONE6
 from tests.support import lab
 
 
-class TestReplaced(test_discovery.DiscoveryTestCase):
+class TestReplaced(discovery_base.DiscoveryTestCase):
 
     def replace(self, mac: str) -> None:
         """Replace eth0 as Docker does: disconnect, then connect."""

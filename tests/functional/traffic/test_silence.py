@@ -13,7 +13,7 @@ from typing import Optional
 
 from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
-from tests.functional import test_border
+from tests.functional import border_base
 from tests.functional.traffic import base
 from tests.support import lab
 
@@ -130,7 +130,7 @@ class TestBind(SilenceTestCase):
         self.lab.run('ip', 'link', 'add', 'new', 'link', 'eth0', 'netns',
                      'private', 'type', 'macvlan', 'mode', 'private')
         self.lab.run('ip', 'link', 'set', 'new', 'up', netns='private')
-        payload = test_border.udp(lab.LAN, base.POD)
+        payload = border_base.udp(lab.LAN, base.POD)
         with self.lab.socket(socket.AF_INET, socket.SOCK_DGRAM,
                              'pod') as pod, self.lab.socket(
                 socket.AF_PACKET, socket.SOCK_RAW, 'private') as made:
@@ -140,8 +140,8 @@ class TestBind(SilenceTestCase):
                 for source in (lab.PARENT, 'nic'):
                     link, = self.lab.ip('link', 'show', source, netns=None
                                         if source == lab.PARENT else 'lan')
-                    made.send(test_border.packed(base.MAC)
-                              + test_border.packed(link['address'])
+                    made.send(border_base.packed(base.MAC)
+                              + border_base.packed(link['address'])
                               + payload)
             # The frames went to the LAN only.
             self.assertEqual(2, len([frame for frame in frames

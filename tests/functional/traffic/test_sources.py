@@ -13,6 +13,7 @@ from kuryr_break0.model import Owner
 from kuryr_break0 import policy
 from tests.functional.traffic import base
 from tests.support import lab
+from tests.support import program
 
 OTHER = '10.77.0.1'
 OTHER6 = 'fd00:77::1'
@@ -35,7 +36,7 @@ class SourcesTestCase(base.TrafficTestCase):
 
     def start_agent(self) -> None:
         agent = subprocess.Popen(
-            [base.PROGRAM, 'agent'],
+            [program.BREAK0, 'agent'],
             env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''})
         self.addCleanup(agent.wait)
         self.addCleanup(agent.terminate)
