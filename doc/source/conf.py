@@ -42,6 +42,8 @@ copybutton_prompt_text = r'\w*[#$] '
 copybutton_prompt_is_regexp = True
 copybutton_line_continuation_character = '\\'
 
+# Not openstackdocstheme: its pages link to the site, the search and the bug
+# tracker of OpenStack, and OpenStack does not govern this project.
 html_theme = 'furo'
 html_title = 'kuryr-break0'
 html_show_sphinx = False
