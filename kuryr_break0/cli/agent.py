@@ -42,9 +42,9 @@ def _warn(conf: cfg.ConfigOpts) -> None:
              or 'no file: all options have their defaults')
     if conf.config_file == verbs.files()[0]:
         for path in verbs.files()[1]:
-            LOG.warning('%s is not read, because %s exists. Move the options '
-                        'of the first file to the second, or delete the '
-                        'second.', path, used[0])
+            LOG.warning('%s is not read, because %s exists. Move all options '
+                        'into one of these files, and delete the other one.',
+                        path, used[0])
 
 
 def _store(conf: cfg.ConfigOpts, options: config.Options) -> None:
