@@ -56,8 +56,6 @@ class Break0Manager:
         self._ledger = Ledger(options.state_dir)
         self._records = self._ledger.records
         self._engine = Engine(options, self._ledger)
-        self._admission = admission.Admission(options, self._ledger,
-                                              self._engine.devices)
 
     @timed(Done.BIND, Done.BIND_FAILED)
     def bind(self, owner: Owner, addresses: Iterable[IPAddress], *,
@@ -134,7 +132,7 @@ class Break0Manager:
     def refusal(self, address: IPAddress, parent: str,
                 origin: Optional[Origin]) -> Optional[str]:
         """Return why :meth:`bind` refuses an address, or None."""
-        return self._admission.refusal(address, parent, origin)
+        return self._engine.admission.refusal(address, parent, origin)
 
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: Owner, addresses: Optional[Iterable[IPAddress]],

@@ -23,6 +23,7 @@ from kuryr_break0.break0.guard import pairs
 from kuryr_break0.break0.pods import is_gone
 from kuryr_break0.break0.pods import Pods
 from kuryr_break0 import config
+from kuryr_break0.engine.admission import Admission
 from kuryr_break0.engine.apply import Applied
 from kuryr_break0.engine.apply import apply
 from kuryr_break0.engine.apply import Work
@@ -68,6 +69,7 @@ class Engine:
         self._records = ledger.records
         self.devices = Devices(options, ledger)
         self.pods = Pods(options, ledger)
+        self.admission = Admission(options, ledger, self.devices)
 
     def bind(self, records: Collection[Record], yielding: bool,
              failure: Failures) -> bool:
@@ -211,8 +213,8 @@ class Engine:
               mac: Optional[str] = None) -> bool:
         """Apply a transition that drops claims.
 
-        The newest remaining claim gets the address. If none remains, the items
-        of the address are deleted.
+        The newest remaining claim gets the address. If none remains, or the
+        address is refused by now, the items of the address are deleted.
 
         :param mac: as for :meth:`unbind`
         :returns: whether a route was deleted
@@ -231,7 +233,8 @@ class Engine:
                    if not self.devices.is_others(netlink.link(name))]
         # If a break0 belongs to another ledger, setting items would take the
         # break0 over.
-        may_set = bool(after) and len(devices) == len(recorded_devices)
+        may_set = (bool(after) and len(devices) == len(recorded_devices)
+                   and not self._is_refused(after[0]))
         deleted = self._withdraw(
             netlink, address, [name for name in devices if not may_set or (
                 name != self.devices.name(after[0].parent))],
@@ -248,6 +251,14 @@ class Engine:
             for err in failure.errors[:1]:
                 LOG.error('%s', err)
         return deleted
+
+    def _is_refused(self, claim: Record) -> bool:
+        """Return, and log, whether the address of a claim gets no items."""
+        reason = self.admission.refusal(claim.address, claim.parent,
+                                        claim.origin)
+        if reason is not None:
+            LOG.error('%s', self._policy.refused(claim.address, reason))
+        return reason is not None
 
     def _withdraw(self, netlink: kernel.Netlink, address: IPAddress,
                   devices: Iterable[str], dropped: Collection[Record],

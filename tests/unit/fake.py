@@ -30,10 +30,22 @@ from kuryr_break0.model import Pair
 from kuryr_break0.model import Tap
 
 
+#: The destination, the table and the metric of a route.
+RouteKey = tuple[IPAddress, int, int]
+
+
+def route_key(route: HostRoute) -> RouteKey:
+    return route.dst, route.table, route.metric or 0
+
+
 class FakeKernel:
     """The kernel's state, and the functions of :mod:`kuryr_break0.kernel`.
 
     :ivar links: interfaces, by name
+    :ivar host: host routes, by destination, table and metric; the kernel
+        permits one route for each such key
+    :ivar next_hops: next hops of routes that do not go through break0
+    :ivar through_break0: next hops of routes that go through break0
     :ivar closed: names of the :ivar:`tables` that have chains
     :ivar namespaces: existing namespaces, by path
     :ivar fail: called before each change with the verb and the item of the
@@ -43,7 +55,9 @@ class FakeKernel:
     def __init__(self) -> None:
         self.links: dict[str, kernel.Link] = {}
         self.owned: list[tuple[str, IPAddress]] = []
-        self.host: dict[tuple[IPAddress, int], HostRoute] = {}
+        self.host: dict[RouteKey, HostRoute] = {}
+        self.next_hops: set[IPAddress] = set()
+        self.through_break0: set[IPAddress] = set()
         self.known: dict[tuple[int, IPAddress], Neighbour] = {}
         self.sysctls: dict[str, int] = {}
         self.namespaces: dict[str, NamespaceId] = {}
@@ -69,6 +83,17 @@ class FakeKernel:
     def replace(self, link: kernel.Link, **fields: Any) -> None:
         self.links[link.name] = dataclasses.replace(self.links[link.name],
                                                     **fields)
+
+    def set_route(self, route: HostRoute) -> None:
+        """Set a route in place of the route with the same key."""
+        self.host[route_key(route)] = route
+
+    def routes_to(self, address: IPAddress, table: int = 254
+                  ) -> list[HostRoute]:
+        """Return the routes to an address, by ascending metric."""
+        return sorted((route for route in self.host.values() if (
+            route.dst, route.table) == (address, table)),
+            key=lambda route: route.metric or 0)
 
     @property
     def pairs(self) -> list[Pair]:
@@ -194,14 +219,16 @@ class FakeNetlink:
                 if name in self._fake.links]
 
     def routes(self, devices: Any = ()) -> kernel.Routes:
-        return kernel.Routes(tuple(self._fake.host.values()), frozenset())
+        return kernel.Routes(tuple(self._fake.host.values()),
+                             frozenset(self._fake.next_hops),
+                             frozenset(self._fake.through_break0))
 
     def host_routes_of(self, ifindex: int, table: int) -> list[HostRoute]:
         return [route for route in self._fake.host.values()
                 if (route.oif, route.table) == (ifindex, table)]
 
     def next_hops(self, *args: Any) -> frozenset[IPAddress]:
-        return frozenset()
+        return frozenset(self._fake.next_hops)
 
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         return [each for (index, _), each in self._fake.known.items()
@@ -217,8 +244,7 @@ class FakeNetlink:
         return (found.mac, 'permanent') if found else (None, None)
 
     def route_to(self, address: IPAddress) -> Optional[HostRoute]:
-        return next((route for route in self._fake.host.values()
-                     if route.dst == address), None)
+        return next(iter(self._fake.routes_to(address)), None)
 
     def set_link_up(self, link: kernel.Link) -> None:
         self._fake.replace(link, up=True, multicast=False)
@@ -254,17 +280,19 @@ class FakeNetlink:
                 return None if gone else _refused(errno.ENOENT)
             self._fake.known[place] = item
             return None
-        key = item.dst, item.table
-        present = self._fake.host.get(key)
         if verb is kernel.Verb.DELETE:
-            if present is None or present.protocol != item.protocol or (
-                    item.oif not in (None, present.oif)):
+            matching = [
+                route for route in self._fake.routes_to(item.dst, item.table)
+                if item.metric in (None, route.metric)
+                and item.oif in (None, route.oif)
+                and item.protocol == route.protocol]
+            if not matching:
                 return _refused(errno.ESRCH)
-            del self._fake.host[key]
-        elif verb is kernel.Verb.ADD and present is not None:
+            del self._fake.host[route_key(matching[0])]
+        elif verb is kernel.Verb.ADD and route_key(item) in self._fake.host:
             return _refused(errno.EEXIST)
         else:
-            self._fake.host[key] = item
+            self._fake.set_route(item)
         return None
 
 

@@ -167,14 +167,29 @@ class TestUndo(EngineTestCase):
 
     def test_what_is_refused_costs_no_other_address(self) -> None:
         foreign = HostRoute(POD, 1, 4, 254, None, 0)
-        self.fake.host[POD, 254] = foreign
+        self.fake.set_route(foreign)
         with self.assertRaises(exceptions.ForeignRoute):
             self.bind(POD, OTHER, yielding=True)
         self.assertEqual({OTHER}, self.recorded())
-        self.assertEqual(foreign, self.fake.host[POD, 254])
-        self.assertIn((OTHER, 254), self.fake.host)
+        self.assertEqual([foreign], self.fake.routes_to(POD))
+        self.assertEqual(1, len(self.fake.routes_to(OTHER)))
         self.assertEqual({OTHER}, {each.dst for each
                                    in self.fake.known.values()})
+
+    def test_a_successor_gets_no_items_of_a_refused_address(self) -> None:
+        self.bind(POD)
+        self.bind(POD, owner=OTHER_OWNER, netns='/b', mac=OTHER_MAC)
+        self.fake.next_hops.add(POD)
+        with mock.patch.object(cache, 'MAX_AGE', 0), \
+                self.assertLogs('kuryr_break0.engine.transitions',
+                                'ERROR') as logged:
+            self.unbind(POD, owner=OTHER_OWNER)
+        self.assertIn('it is a next hop', logged.output[0])
+        self.assertEqual((set(), {POD}, {}), (
+            self.routed(), self.recorded(), self.fake.known))
+        self.fake.next_hops.clear()
+        self.sync()
+        self.assertEqual({POD}, self.routed())
 
     def test_what_was_there_before_stays(self) -> None:
         self.bind(POD)
@@ -260,7 +275,7 @@ class TestGuard(EngineTestCase):
     def test_one_that_is_loaded_again_lets_in_no_blocked_address(self
                                                                  ) -> None:
         self.bind(POD, guard='auto')
-        self.fake.host[OTHER, 254] = HostRoute(OTHER, 1, 4, 254, None, 0)
+        self.fake.set_route(HostRoute(OTHER, 1, 4, 254, None, 0))
         with self.assertRaises(exceptions.ForeignRoute):
             self.bind(OTHER, owner=OTHER_OWNER, netns='/b', mac=OTHER_MAC,
                       guard='auto')
@@ -355,11 +370,10 @@ class TestReconciler(EngineTestCase):
                 (254, OTHER, journal.Done.UNCLAIMED)):
             with self.subTest(reason=reason):
                 self.ledger().journal.drain()
-                self.fake.host[unclaimed, table] = HostRoute(
-                    unclaimed, index, 176, table)
+                self.fake.set_route(HostRoute(unclaimed, index, 176, table))
                 reconciler.Reconciler(self.options(), self.ledger()).sync(
                     prune=True)
-                self.assertNotIn((unclaimed, table), self.fake.host)
+                self.assertEqual([], self.fake.routes_to(unclaimed, table))
                 self.assertEqual([(reason, 1)], [
                     each[:2] for each in self.ledger().journal.drain()])
 

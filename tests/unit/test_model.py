@@ -4,7 +4,8 @@
 
 The engine has these invariants: an address has the route, neighbour and guard
 entry of its newest live claim, and no others; an address without a live claim
-has none; foreign routes stay untouched; a second sync changes nothing.
+has none; an address that a foreign route blocks, or that is a next hop of the
+node, has none; foreign routes stay untouched; a second sync changes nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import records
 from kuryr_break0 import manager
+from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
@@ -119,9 +121,11 @@ class Node(stateful.RuleBasedStateMachine):
         #: Whether a kill or an error since the last sync can have left items
         #: behind.
         self.is_unsettled = False
-        self.foreign: dict[Any, HostRoute] = {}
+        self.foreign: dict[fake.RouteKey, HostRoute] = {}
+        #: The addresses that were next hops since the ledger began.
+        self.earlier_next_hops: set[IPAddress] = set()
         self.others = HostRoute(ipaddress.ip_address('10.9.9.9'), 1, 4, 254)
-        self.fake.host[self.others.dst, 254] = self.others
+        self.fake.set_route(self.others)
 
     def teardown(self) -> None:
         try:
@@ -217,23 +221,27 @@ class Node(stateful.RuleBasedStateMachine):
         rivals = [each for each in present
                   if each.lives and each is not sandbox]
         is_late = is_known and self.bound_at[key] > made.bound_at
+        is_refused = self.is_refused(made.address, yields)
+        is_blocked = self.is_blocked(made.address)
         ended = self.attempt(made.address, sandbox, killed, fails, lambda: (
             manager.Break0Manager(self.options).bind(
                 owner, [made.address], parent=sandbox.parent,
                 mac=sandbox.mac, netns=sandbox.path, yielding=yields,
                 origin=Origin.DISCOVERED if yields else Origin.CNI,
                 bound_at=made.bound_at)))
+        if is_refused:
+            assert isinstance(ended, (
+                exceptions.AddressRefused, Killed)), ended
+            return
         if is_late:
             assert ended is None or killed is not None, ended
             return
         if yields and rivals:
             assert isinstance(ended, (exceptions.AddressTaken, Killed)), ended
             return
-        if ended is None:
-            assert (made.address, 254) not in self.foreign
         is_foreign = isinstance(ended, exceptions.ForeignRoute)
-        if is_foreign:
-            assert (made.address, 254) in self.foreign
+        if ended is None or is_foreign:
+            assert is_foreign == is_blocked, (ended, self.fake.host)
         if ended is None or is_foreign and not yields:
             self.claims[made.address] = [sandbox, *(
                 each for each in present if each is not sandbox)]
@@ -298,10 +306,13 @@ class Node(stateful.RuleBasedStateMachine):
                 Killed, exceptions.Break0Error):
             self.sync()
 
-    @stateful.rule(address=addresses)
-    def foreign_route(self, address: IPAddress) -> None:
-        self.foreign[address, 254] = self.fake.host[address, 254] = HostRoute(
-            address, 1, 4, 254, None, 0)
+    @stateful.rule(address=addresses, metric=st.sampled_from((None, 9)))
+    def foreign_route(self, address: IPAddress, metric: Optional[int]) -> None:
+        """Another program sets a route, as "ip route replace" does."""
+        route = HostRoute(address, 1, 4, 254, None,
+                          best_metric(address) if metric is None else metric)
+        self.foreign[fake.route_key(route)] = route
+        self.fake.set_route(route)
 
     @stateful.precondition(lambda self: self.foreign)
     @stateful.rule(which=some)
@@ -309,10 +320,25 @@ class Node(stateful.RuleBasedStateMachine):
         key = list(self.foreign)[which % len(self.foreign)]
         del self.foreign[key], self.fake.host[key]
 
+    @stateful.rule(address=addresses, is_through_break0=st.booleans())
+    def next_hop(self, address: IPAddress, is_through_break0: bool) -> None:
+        """A route makes an address a next hop; the agent syncs."""
+        (self.fake.through_break0 if is_through_break0
+         else self.fake.next_hops).add(address)
+        self.sync()
+        self.earlier_next_hops.add(address)
+
+    @stateful.rule(address=addresses)
+    def next_hop_goes(self, address: IPAddress) -> None:
+        self.fake.next_hops.discard(address)
+        self.fake.through_break0.discard(address)
+        self.sync()
+
     @stateful.rule(address=addresses, what=st.integers(0, 4))
     def somebody_deletes(self, address: IPAddress, what: int) -> None:
-        if what == 0 and (address, 254) not in self.foreign:
-            self.fake.host.pop((address, 254), None)
+        if what == 0:
+            for route in self.our_routes(address):
+                del self.fake.host[fake.route_key(route)]
         elif what == 1:
             for key in [key for key in self.fake.known if key[1] == address]:
                 del self.fake.known[key]
@@ -334,8 +360,7 @@ class Node(stateful.RuleBasedStateMachine):
             return
         self.settle()
         served = {address: self.claims[address][0] for address in ADDRESSES
-                  if self.claims[address]
-                  and (address, 254) not in self.foreign}
+                  if self.our_routes(address)}
         shutil.rmtree(self.options.state_dir, ignore_errors=True)
         for address in ADDRESSES:
             self.claims[address] = []
@@ -346,7 +371,10 @@ class Node(stateful.RuleBasedStateMachine):
                 self.rebuilt.add((address, number))
                 self.discovered.discard((address, number))
                 self.bound_at.pop((address, number), None)
-        for address, _ in self.foreign:
+        self.earlier_next_hops.clear()
+        for address in ADDRESSES:
+            if address in served:
+                continue
             # A blocked address can have an unclaimed neighbour, from which no
             # record is rebuilt.
             for key in [key for key in self.fake.known if key[1] == address]:
@@ -356,11 +384,16 @@ class Node(stateful.RuleBasedStateMachine):
 
     @stateful.rule(really=st.sampled_from((True, False)))
     def settle(self, really: bool = True) -> None:
-        """One sync repairs all items, and a second sync changes nothing."""
+        """One sync sets all items, and the next sync changes nothing."""
         if not really:
             return
         self.sync()
         outcome = self.sync()
+        if self.is_unsettled and outcome.unset:
+            # While the first sync removed a gone claim, it kept an item that
+            # a killed process had left for another claim on the address.
+            assert not outcome.set, outcome
+            outcome = self.sync()
         assert not outcome, outcome
         # If a bind set no item before it was killed or failed, and its pod
         # ended, the items of the previous pod have no known owner.
@@ -386,23 +419,24 @@ class Node(stateful.RuleBasedStateMachine):
     def assert_served(self, address: IPAddress) -> None:
         """The newest live claim has its items; the address has no others."""
         living = [each for each in self.claims[address] if each.lives]
-        route = self.fake.host.get((address, 254))
+        routes = self.our_routes(address)
         known = {index: each.mac for (index, dst), each
                  in self.fake.known.items() if dst == address}
         pairs = [each.mac for each in self.fake.pairs
                  if each.address == address.packed]
-        if (address, 254) in self.foreign:
+        if self.is_blocked(address):
             assert not pairs, pairs
             return
-        if not living:
-            assert (route, known, pairs) == (None, {}, [])
+        if not living or self.is_refused(address, (
+                address, self.sandboxes.index(living[0])) in self.discovered):
+            assert (routes, known, pairs) == ([], {}, [])
             return
         sandbox = living[0]
         parent = self.fake.links[sandbox.parent].index
         index = next(each.index for each in self.fake.links.values()
                      if each.kind == 'macvlan' and each.lower == parent)
-        assert route is not None and (route.oif, route.protocol) == (
-            index, 176), route
+        assert [(route.oif, route.metric) for route in routes] == [
+            (index, best_metric(address))], routes
         assert known == {index: sandbox.mac}, (known, sandbox)
         assert pairs == [bytes.fromhex(sandbox.mac.replace(':', ''))], pairs
 
@@ -410,9 +444,27 @@ class Node(stateful.RuleBasedStateMachine):
     def others_are_as_they_were(self) -> None:
         for key, route in self.foreign.items():
             assert self.fake.host.get(key) is route
-        assert self.fake.host[self.others.dst, 254] is self.others
+        assert self.fake.routes_to(self.others.dst) == [self.others]
 
     # Helpers
+
+    def our_routes(self, address: IPAddress) -> list[HostRoute]:
+        return [route for route in self.fake.routes_to(address)
+                if route.protocol == 176]
+
+    def is_blocked(self, address: IPAddress) -> bool:
+        """Return whether a foreign route blocks the route of a pod.
+
+        A foreign route with a higher metric than ours blocks ours only as long
+        as ours does not exist.
+        """
+        return bool(self.fake.routes_to(address)) and not self.our_routes(
+            address)
+
+    def is_refused(self, address: IPAddress, is_discovered: bool) -> bool:
+        return address in self.fake.next_hops or is_discovered and (
+            address in self.fake.through_break0
+            or address in self.earlier_next_hops)
 
     def ledger(self) -> ledger.Ledger:
         return ledger.Ledger(self.options.state_dir, 1)
