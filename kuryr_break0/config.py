@@ -16,8 +16,7 @@ from typing import Any, Optional
 from oslo_config import cfg
 
 from kuryr_break0 import exceptions
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import IPNetwork
+from kuryr_break0 import model
 from kuryr_break0 import option_types as types
 from kuryr_break0.texts import close_to
 
@@ -205,10 +204,10 @@ class Options:
     pod_binding: str
     device: str
     parent: Optional[str]
-    addr: tuple[IPAddress, ...]
+    addr: tuple[model.IPAddress, ...]
     route_protocol: int
     route_table: int
-    allowed_cidrs: tuple[IPNetwork, ...]
+    allowed_cidrs: tuple[model.IPNetwork, ...]
     discover: bool
     guard: str
     resync_interval: int

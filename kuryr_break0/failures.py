@@ -9,7 +9,7 @@ from typing import Iterator
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import log
-from kuryr_break0.model import IPAddress
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -23,10 +23,10 @@ class Failures:
 
     def __init__(self) -> None:
         self.errors: list[exceptions.Break0Error] = []
-        self.failed: set[IPAddress] = set()
+        self.failed: set[model.IPAddress] = set()
 
     def add(self, err: exceptions.Break0Error,
-            *addresses: IPAddress) -> None:
+            *addresses: model.IPAddress) -> None:
         """Add an error; log it if it differs from the first one."""
         if self.errors and str(err) != str(self.errors[0]):
             LOG.error('%s', err)
@@ -34,7 +34,7 @@ class Failures:
         self.failed.update(addresses)
 
     @contextlib.contextmanager
-    def collect(self, *addresses: IPAddress) -> Iterator[None]:
+    def collect(self, *addresses: model.IPAddress) -> Iterator[None]:
         """Collect the error that the block raises."""
         try:
             yield

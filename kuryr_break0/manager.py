@@ -15,12 +15,12 @@ from typing import Collection, Iterable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0.engine import admission
-from kuryr_break0.engine.housekeeping import Housekeeping
+from kuryr_break0.engine import housekeeping
 from kuryr_break0.engine.plan import Outcome
 from kuryr_break0.engine.reconciler import Reconciler
-from kuryr_break0.engine.transitions import Engine
+from kuryr_break0.engine import transitions
 from kuryr_break0 import exceptions
-from kuryr_break0.failures import Failures
+from kuryr_break0 import failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import claims
 from kuryr_break0.ledger import files
@@ -29,14 +29,8 @@ from kuryr_break0.ledger.journal import timed
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger.records import MAX_SUBNETS
 from kuryr_break0 import log
-from kuryr_break0.model import address_order
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import IPNetwork
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
-from kuryr_break0.policy import Policy
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
@@ -52,17 +46,17 @@ class Break0Manager:
 
     def __init__(self, options: config.Options) -> None:
         self._options = options
-        self._policy = Policy(options)
+        self._policy = policy.Policy(options)
         self._ledger = Ledger(options.state_dir)
         self._records = self._ledger.records
-        self._engine = Engine(options, self._ledger)
+        self._engine = transitions.Engine(options, self._ledger)
 
     @timed(Done.BIND, Done.BIND_FAILED)
-    def bind(self, owner: Owner, addresses: Iterable[IPAddress], *,
+    def bind(self, owner: model.Owner, addresses: Iterable[model.IPAddress], *,
              parent: str, mac: Optional[str] = None,
-             subnets: Collection[IPNetwork] = (),
+             subnets: Collection[model.IPNetwork] = (),
              netns: Optional[str] = None, pod: Optional[str] = None,
-             yielding: bool = False, origin: Optional[Origin] = None,
+             yielding: bool = False, origin: Optional[model.Origin] = None,
              network: Optional[str] = None,
              bound_at: Optional[float] = None) -> None:
         """Make the addresses of a sandbox reachable through break0.
@@ -90,7 +84,7 @@ class Break0Manager:
         :raises Break0Error: the first error of an address, after all other
             addresses were bound
         """
-        failure = Failures()
+        failure = failures.Failures()
         addresses, mac = admission.validate(
             owner, list(addresses), parent, mac, netns, pod)
         parent_index = kernel.find_ifindex(parent)
@@ -108,11 +102,10 @@ class Break0Manager:
             else:
                 failure.add(self._policy.refused(address, reason))
         # All look-ups end before the engine takes the lock.
-        records = [Record(address, owner, parent, mac,
-                          tuple(subnets)[:MAX_SUBNETS], netns, namespace,
-                          pod, bound_at=bound_at, origin=origin,
-                          network=network, parent_index=parent_index, tap=tap)
-                   for address in usable]
+        records = [model.Record(
+            address, owner, parent, mac, tuple(subnets)[:MAX_SUBNETS], netns,
+            namespace, pod, bound_at=bound_at, origin=origin, network=network,
+            parent_index=parent_index, tap=tap) for address in usable]
         if not records:
             failure.raise_first()  # no address needs a break0
             return
@@ -129,17 +122,18 @@ class Break0Manager:
                 self.sync()
         failure.raise_first()
 
-    def refusal(self, address: IPAddress, parent: str,
-                origin: Optional[Origin]) -> Optional[str]:
+    def refusal(self, address: model.IPAddress, parent: str,
+                origin: Optional[model.Origin]) -> Optional[str]:
         """Return why :meth:`bind` refuses an address, or None."""
         return self._engine.admission.refusal(address, parent, origin)
 
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
-    def unbind(self, owner: Owner, addresses: Optional[Iterable[IPAddress]],
+    def unbind(self, owner: model.Owner,
+               addresses: Optional[Iterable[model.IPAddress]],
                netns: Optional[str] = None, mac: Optional[str] = None,
                interface_goes: bool = False,
                bound_at: Optional[float] = None,
-               ends: bool = False) -> list[IPAddress]:
+               ends: bool = False) -> list[model.IPAddress]:
         """Drop the claims of an owner, with their routes and neighbours.
 
         Claims of other owners stay, because a DEL can follow the ADD of the
@@ -163,12 +157,12 @@ class Break0Manager:
         :raises Break0Error: the first error of an address, after all other
             addresses were unbound
         """
-        failure = Failures()
+        failure = failures.Failures()
         began = files.now()
         namespace = kernel.identify(netns)
         mac = mac and mac.lower()
 
-        def is_own(claim: Record) -> bool:
+        def is_own(claim: model.Record) -> bool:
             return claims.is_own(claim, owner, namespace, mac, bound_at)
 
         named = None if addresses is None else list(dict.fromkeys(addresses))
@@ -176,11 +170,11 @@ class Break0Manager:
             # A rebuilt claim has a namespace instead of a container id.
             recorded = {
                 claim.address for each in self._records.find_containing(
-                    owner.container_id, Owner.ADOPTED)
+                    owner.container_id, model.Owner.ADOPTED)
                 for claim in each if is_own(claim)}
             named = sorted(
                 recorded if named is None else recorded.intersection(named),
-                key=address_order)
+                key=model.address_order)
         removed = self._engine.unbind(named, is_own, owner, mac, failure,
                                       (owner, began) if ends else None)
         for record in removed:
@@ -210,8 +204,8 @@ class Break0Manager:
 
         :raises Break0Error: the first error
         """
-        Housekeeping(self._options, self._ledger, self._engine,
-                     self.sync).run()
+        housekeeping.Housekeeping(self._options, self._ledger, self._engine,
+                                  self.sync).run()
 
     def try_to_housekeep(self) -> None:
         """Call :meth:`housekeep`, and only log its error.
@@ -225,7 +219,7 @@ class Break0Manager:
                         err)
 
 
-def _identified(netns: str) -> Optional[NamespaceId]:
+def _identified(netns: str) -> Optional[model.NamespaceId]:
     """Return the identity of a namespace; None if it cannot be read.
 
     :raises NetnsUnusable: if the path does not lead to a namespace

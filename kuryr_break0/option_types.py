@@ -15,9 +15,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from oslo_config import types
 
-from kuryr_break0.model import explain_non_host
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import IPNetwork
+from kuryr_break0 import model
 
 #: The kernel's limit is IFNAMSIZ, 16 bytes with the final NUL.
 #: dev_valid_name() refuses ``/`` and white space, and the kernel replaces
@@ -29,7 +27,7 @@ _DEVICE_NAME = r'(?!(?:\.{1,2}|all|default)$)[^/:%\s\x00-\x1f\x7f]{1,15}'
 class Endpoint(NamedTuple):
     """An IP address and a TCP port."""
 
-    address: IPAddress
+    address: model.IPAddress
     port: int
 
     def __str__(self) -> str:
@@ -47,7 +45,7 @@ def device_name(text: str) -> str:
     return text
 
 
-def host_address(text: str) -> IPAddress:
+def host_address(text: str) -> model.IPAddress:
     """Return the address of a single host, with or without /32 or /128."""
     try:
         interface = ipaddress.ip_interface(text)
@@ -57,14 +55,14 @@ def host_address(text: str) -> IPAddress:
         # A shorter prefix would add an on-link route for the whole network.
         raise ValueError('%r is a network: it must be a single address, such '
                          'as %s' % (text, interface.ip))
-    reason = explain_non_host(interface.ip)
+    reason = model.explain_non_host(interface.ip)
     if reason:
         raise ValueError('%r is %s: it must be the address of a single host'
                          % (text, reason))
     return interface.ip
 
 
-def network(text: str) -> IPNetwork:
+def network(text: str) -> model.IPNetwork:
     """Return a network in CIDR notation, without host bits."""
     try:
         return ipaddress.ip_network(text)

@@ -17,16 +17,7 @@ from typing import Collection, Iterable, NamedTuple, Optional
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0.model import address_order
-from kuryr_break0.model import best_metric
-from kuryr_break0.model import Entry
-from kuryr_break0.model import explain_non_host
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import NodeAddresses
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 #: Maximum number of IPv6 addresses of other interfaces than the parent, among
 #: the node addresses of a pod.
@@ -57,10 +48,10 @@ class Facts(NamedTuple):
     :ivar earlier_next_hops: most recent next hops of this boot, as texts
     """
 
-    node_addresses: Collection[IPAddress] = ()
-    no_hosts: Collection[IPAddress] = ()
-    next_hops: Collection[IPAddress] = ()
-    through_break0: Collection[IPAddress] = ()
+    node_addresses: Collection[model.IPAddress] = ()
+    no_hosts: Collection[model.IPAddress] = ()
+    next_hops: Collection[model.IPAddress] = ()
+    through_break0: Collection[model.IPAddress] = ()
     earlier_next_hops: Collection[str] = ()
 
 
@@ -70,7 +61,8 @@ class Policy:
     def __init__(self, options: config.Options) -> None:
         self._options = options
 
-    def refusal(self, address: IPAddress, origin: Optional[Origin] = None,
+    def refusal(self, address: model.IPAddress,
+                origin: Optional[model.Origin] = None,
                 facts: Facts = Facts()) -> Optional[str]:
         """Return why an address must not be bound; None if it may be.
 
@@ -82,7 +74,7 @@ class Policy:
         # bind.
         if address in self._options.addr:
             return OWN
-        reason = explain_non_host(address)
+        reason = model.explain_non_host(address)
         allowed = self._options.allowed_cidrs
         if reason is None and allowed and not any(
                 address in network for network in allowed):
@@ -95,7 +87,7 @@ class Policy:
             return NO_HOST
         if address in facts.next_hops:
             return NEXT_HOP
-        if origin is not Origin.DISCOVERED:
+        if origin is not model.Origin.DISCOVERED:
             return None
         if address in facts.through_break0:
             return OWN_NEXT_HOP
@@ -103,13 +95,14 @@ class Policy:
             return EARLIER_NEXT_HOP
         return None
 
-    def refused(self, address: IPAddress,
+    def refused(self, address: model.IPAddress,
                 reason: str) -> exceptions.AddressRefused:
         return exceptions.AddressRefused(
             address=address, device=self._options.device,
             reason='it is ' + reason)
 
-    def source(self, record: Record, device: str) -> Optional[IPAddress]:
+    def source(self, record: model.Record, device: str
+               ) -> Optional[model.IPAddress]:
         """Return the preferred source of the route of a pod.
 
         :returns: None to let the kernel choose the source
@@ -123,13 +116,13 @@ class Policy:
         return None
 
     @staticmethod
-    def has_family(address: IPAddress, device: str) -> bool:
+    def has_family(address: model.IPAddress, device: str) -> bool:
         """Return whether an address's family is enabled on a break0."""
         return address.version == 4 or kernel.read_sysctl(
             'ipv6/conf/%s/disable_ipv6' % device) == 0
 
-    def items(self, record: Record, index: int,
-              src: Optional[IPAddress]) -> tuple[Entry, ...]:
+    def items(self, record: model.Record, index: int,
+              src: Optional[model.IPAddress]) -> tuple[model.Entry, ...]:
         """Return the items of an address: its neighbour, then its route.
 
         If the record has no MAC address, there is no neighbour.
@@ -137,18 +130,18 @@ class Policy:
         route = self.route(record.address, index, src)
         if record.mac is None:
             return (route,)
-        return Neighbour(record.address, index, record.mac,
-                         self._options.route_protocol), route
+        return model.Neighbour(record.address, index, record.mac,
+                               self._options.route_protocol), route
 
-    def route(self, address: IPAddress, index: int,
-              src: Optional[IPAddress] = None) -> HostRoute:
-        return HostRoute(address, index, self._options.route_protocol,
-                         self._options.route_table, src,
-                         best_metric(address))
+    def route(self, address: model.IPAddress, index: int,
+              src: Optional[model.IPAddress] = None) -> model.HostRoute:
+        return model.HostRoute(address, index, self._options.route_protocol,
+                               self._options.route_table, src,
+                               model.best_metric(address))
 
-    def own_addresses(self, addresses: Collection[tuple[int, IPAddress]],
+    def own_addresses(self, addresses: Collection[tuple[int, model.IPAddress]],
                       parent: Optional[int], device: str
-                      ) -> tuple[IPAddress, ...]:
+                      ) -> tuple[model.IPAddress, ...]:
         """Return the addresses that a break0 itself must have.
 
         They are the addresses of the ``addr`` option and, if necessary, the
@@ -178,8 +171,8 @@ class Policy:
             return *addr, own
         return addr
 
-    def solicited(self, addresses: Collection[tuple[int, IPAddress]],
-                  parent: Optional[int], device: str) -> list[IPAddress]:
+    def solicited(self, addresses: Collection[tuple[int, model.IPAddress]],
+                  parent: Optional[int], device: str) -> list[model.IPAddress]:
         """Return the IPv6 node addresses that pods may solicit.
 
         The guard answers neighbour solicitations for these addresses. The
@@ -188,10 +181,11 @@ class Policy:
         node = self.node_addresses(addresses, parent, (), '', device)
         return [each for each in node.addresses if each.version == 6]
 
-    def node_addresses(self, addresses: Collection[tuple[int, IPAddress]],
+    def node_addresses(self,
+                       addresses: Collection[tuple[int, model.IPAddress]],
                        parent: Optional[int],
-                       sources: Iterable[Optional[IPAddress]], mac: str,
-                       device: str) -> NodeAddresses:
+                       sources: Iterable[Optional[model.IPAddress]], mac: str,
+                       device: str) -> model.NodeAddresses:
         """Return the node addresses that the pods need in their tables.
 
         If the parent has addresses, the result omits the addresses of other
@@ -208,11 +202,11 @@ class Policy:
         own = self.own_addresses(addresses, parent, device)
         chosen = {*on_parent, *(src for src in sources if src is not None),
                   *(() if on_parent else ipv6_elsewhere(addresses))}
-        return NodeAddresses((*sorted(chosen.difference(own),
-                                      key=address_order), *own), mac)
+        others = sorted(chosen.difference(own), key=model.address_order)
+        return model.NodeAddresses((*others, *own), mac)
 
 
-def link_address(device: str) -> IPAddress:
+def link_address(device: str) -> model.IPAddress:
     """Return the IPv4 address of a break0 that only its pods know.
 
     The address is derived from the name of the break0, because a pod can have
@@ -224,14 +218,14 @@ def link_address(device: str) -> IPAddress:
     return ipaddress.ip_address('169.254.%d.%d' % (high % 254 + 1, low))
 
 
-def ipv6_elsewhere(addresses: Iterable[tuple[int, IPAddress]]
-                   ) -> list[IPAddress]:
+def ipv6_elsewhere(addresses: Iterable[tuple[int, model.IPAddress]]
+                   ) -> list[model.IPAddress]:
     """Return the IPv6 addresses of the node, at most MAX_ELSEWHERE.
 
     The kernel can choose any of these addresses as the source of a packet to
     a pod (RFC 6724).
     """
-    chosen: list[IPAddress] = []
+    chosen: list[model.IPAddress] = []
     services: dict[int, bool] = {}
     for index, address in sorted(addresses, key=lambda each: each[0]):
         if len(chosen) == MAX_ELSEWHERE:

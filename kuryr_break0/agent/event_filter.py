@@ -13,11 +13,7 @@ from kuryr_break0.engine.plan import Outcome
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.model import Entry
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import of_kind
+from kuryr_break0 import model
 from kuryr_break0 import policy
 
 
@@ -45,13 +41,13 @@ class EventFilter:
         #: the events that the last sync has caused
         self._own_events: frozenset[kernel.Event] = frozenset()
         #: addresses that the last sync refused, for example next hops
-        self._refused: Container[IPAddress] = ()
+        self._refused: Container[model.IPAddress] = ()
         #: source addresses of routes, read since the last sync, by parent
         #: and subnet
-        self._sources: dict[tuple[str, Any], Optional[IPAddress]] = {}
+        self._sources: dict[tuple[str, Any], Optional[model.IPAddress]] = {}
         self._links: dict[int, Any] = {}
         self._addresses: set[tuple[int, Any]] = set()
-        self._next_hops: set[IPAddress] = set()
+        self._next_hops: set[model.IPAddress] = set()
         #: whether an interface has addresses of services, by ifindex
         self._has_services: dict[Optional[int], bool] = {}
 
@@ -174,10 +170,11 @@ class EventFilter:
         desired = self._find_desired(event.dst)
         if event.kind == 'neighbour':
             return (None if event.is_gone else event.item) != next(
-                iter(of_kind(Neighbour, desired)), None)
+                iter(model.of_kind(model.Neighbour, desired)), None)
         return event.is_gone or event.item not in desired
 
-    def _find_desired(self, address: IPAddress) -> tuple[Entry, ...]:
+    def _find_desired(self, address: model.IPAddress
+                      ) -> tuple[model.Entry, ...]:
         """Return the entries that an address must have in the kernel.
 
         :returns: an empty tuple if the address has no readable record, or no
@@ -241,20 +238,20 @@ class EventFilter:
         self._links[index] = None if event.is_gone else _select_fields(link)
         return bool(self._links[index] != before)
 
-    def _is_recorded(self, address: Optional[IPAddress]) -> bool:
+    def _is_recorded(self, address: Optional[model.IPAddress]) -> bool:
         return address is not None and self._ledger.records.exists(address)
 
 
 def _make_events(outcome: Outcome) -> Iterator[kernel.Event]:
     """Return the events that the changes of a sync cause."""
     for items, gone in (outcome.set, False), (outcome.unset, True):
-        for route in of_kind(HostRoute, items):
+        for route in model.of_kind(model.HostRoute, items):
             yield kernel.Event('route', gone, route.oif, dst=route.dst,
                                item=route)
-    for each in of_kind(Neighbour, outcome.set):
+    for each in model.of_kind(model.Neighbour, outcome.set):
         yield kernel.Event('neighbour', False, each.ifindex, dst=each.dst,
                            item=each)
-    for each in of_kind(Neighbour, outcome.unset):
+    for each in model.of_kind(model.Neighbour, outcome.unset):
         # The kernel reports a neighbour as failed before it deletes it.
         for gone in (False, True):
             yield kernel.Event('neighbour', gone, each.ifindex, dst=each.dst)

@@ -18,7 +18,7 @@ from waitress import wasyncore
 
 from kuryr_break0.agent.metrics import Metrics
 from kuryr_break0 import log
-from kuryr_break0.option_types import Endpoint
+from kuryr_break0 import option_types
 from kuryr_break0.pace import Pace
 
 LOG = log.get_logger(__name__)
@@ -127,12 +127,12 @@ class Server:
     def __init__(self, metrics: Metrics,
                  checks: dict[str, Callable[[], Optional[str]]]) -> None:
         self._checks = checks
-        self._endpoint: Optional[Endpoint] = None
+        self._endpoint: Optional[option_types.Endpoint] = None
         self._exposition = Exposition(metrics)
         self._server: Any = None  # waitress.server.BaseWSGIServer
         self._has_logged = False
 
-    def listen(self, endpoint: Optional[Endpoint]) -> None:
+    def listen(self, endpoint: Optional[option_types.Endpoint]) -> None:
         """Make sure that the server listens on an endpoint, and on no other.
 
         If the node lacks the address, or another process uses the port, log
@@ -159,7 +159,7 @@ class Server:
             return
         LOG.info('Serving /metrics and /healthz on %s', endpoint)
 
-    def _start(self, endpoint: Endpoint) -> None:
+    def _start(self, endpoint: option_types.Endpoint) -> None:
         """Start the threads of the server, with limits for its clients.
 
         :raises OSError: if the endpoint cannot be bound

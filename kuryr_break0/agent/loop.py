@@ -11,9 +11,9 @@ import socket
 import time
 from typing import Any, Callable, Iterator, Optional
 
-from kuryr_break0.agent.cni_server import CNIServer
+from kuryr_break0.agent import cni_server
 from kuryr_break0.agent.event_filter import EventFilter
-from kuryr_break0.agent.http import Server
+from kuryr_break0.agent import http
 from kuryr_break0.agent.metrics import Metrics
 from kuryr_break0.break0 import guard
 from kuryr_break0 import config
@@ -76,8 +76,8 @@ class Agent:
         self._load = load
         self._options = options
         self._metrics = Metrics(options)
-        self._cni = CNIServer()
-        self._server = Server(self._metrics, {
+        self._cni = cni_server.CNIServer()
+        self._server = http.Server(self._metrics, {
             '/healthz': lambda: (self._metrics.describe_failure()
                                  or self._cni.describe_failure()),
             '/livez': lambda: (self._metrics.describe_hang()

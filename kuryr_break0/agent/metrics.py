@@ -24,7 +24,7 @@ from kuryr_break0.ledger import journal
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import Origin
+from kuryr_break0 import model
 from kuryr_break0.pace import Pace
 
 LOG = log.get_logger(__name__)
@@ -305,7 +305,8 @@ def _make_gauges(snapshot: Snapshot) -> Iterator[core.Metric]:
         'of the container.', collections.Counter(
             (record.pod or record.owner.container_id, record.parent)
             for record in snapshot.live.values()
-            if record.origin is Origin.DISCOVERED), 'container', 'parent')
+            if record.origin is model.Origin.DISCOVERED),
+        'container', 'parent')
     for name, text, value in (
             ('ledger_records', 'Addresses with a record.',
              len(snapshot.contents.claims)),

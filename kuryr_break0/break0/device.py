@@ -15,7 +15,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import Identity
 from kuryr_break0 import log
-from kuryr_break0.model import IPAddress
+from kuryr_break0 import model
 from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
@@ -271,7 +271,7 @@ class Device:
 
     @staticmethod
     def _put_address(netlink: kernel.Netlink, link: kernel.Link,
-                     address: IPAddress) -> None:
+                     address: model.IPAddress) -> None:
         # With a router's address on break0, the node would not reach that
         # router.
         if address in netlink.next_hops():
@@ -311,7 +311,7 @@ class Device:
             expected='a macvlan in bridge mode on ' + parent.name)
 
     def differences(self, link: kernel.Link, parent: kernel.Link,
-                    addresses: Collection[tuple[int, IPAddress]],
+                    addresses: Collection[tuple[int, model.IPAddress]],
                     needs_ipv6: bool = False) -> Iterator[Difference]:
         """Compare the break0 with its desired state.
 

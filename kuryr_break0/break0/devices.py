@@ -19,7 +19,7 @@ from kuryr_break0.break0 import device
 from kuryr_break0.break0.guard import Guard
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
-from kuryr_break0.failures import Failures
+from kuryr_break0 import failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import Identity
@@ -28,7 +28,7 @@ from kuryr_break0.ledger.identity import ownership
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.policy import Policy
+from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
@@ -138,7 +138,7 @@ class Devices:
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
-        self._policy = Policy(options)
+        self._policy = policy.Policy(options)
         self._ledger = ledger
 
     def names(self, recorded: bool = False) -> set[str]:
@@ -244,7 +244,7 @@ class Devices:
         if changed != identity:
             # The cached device has the earlier MAC address.
             ledger.cache.drop('device.' + parent)
-            with Failures().log_errors():
+            with failures.Failures().log_errors():
                 ledger.put_identity(changed)
         if ensured.repaired:
             with contextlib.suppress(exceptions.LedgerUnavailable):

@@ -25,11 +25,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import Pair
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -120,7 +116,7 @@ ether saddr . ip6 saddr @pairs6 goto {answer}'''
 _ANSWER, NO_NFT = 'answer', 'there is no program nft'
 
 
-class _Held(Pair):
+class _Held(model.Pair):
     """The set entry of a pod for which the node holds packets.
 
     The kernel deletes the entry after a second.
@@ -167,18 +163,18 @@ def _load(nft: str, text: str, *options: str) -> Optional[str]:
         first[1] if first else ' '.join(completed.stderr.split()))[:300]
 
 
-def pairs(records: Iterable[Record]) -> list[Pair]:
+def pairs(records: Iterable[model.Record]) -> list[model.Pair]:
     """Return the guard entries of the pods of one parent.
 
     A pod with several interfaces may answer from any interface. So each
     address of the pod has an entry for each MAC address of the pod.
     """
     records = list(records)
-    of_sandbox: dict[Optional[NamespaceId], set[str]] = {}
+    of_sandbox: dict[Optional[model.NamespaceId], set[str]] = {}
     for record in records:
         if record.namespace is not None:
             of_sandbox.setdefault(record.namespace, set()).update(record.macs)
-    return [Pair.of(record.address, mac) for record in records
+    return [model.Pair.of(record.address, mac) for record in records
             for mac in ({*record.macs, *of_sandbox.get(record.namespace, ())}
                         if record.mac is not None else {None})]
 
@@ -211,7 +207,7 @@ class Guard:
         return (self._cache.get(self._key) or ())[2:3] == [True]
 
     def problem(self, link: kernel.Link,
-                hosts: Iterable[IPAddress]) -> Optional[str]:
+                hosts: Iterable[model.IPAddress]) -> Optional[str]:
         """Return the problem with the table as a text; None without a problem.
 
         :param hosts: the IPv6 addresses of the node, in a constant order
@@ -238,7 +234,7 @@ class Guard:
         return False
 
     def is_intact(self, link: kernel.Link,
-                  hosts: Iterable[IPAddress]) -> bool:
+                  hosts: Iterable[model.IPAddress]) -> bool:
         """Return whether the kernel has the table as it was loaded."""
         cached = self._cache.get(self._key)
         if not cached or cached[0] != self._digest(link, hosts):
@@ -247,7 +243,7 @@ class Guard:
         return bool(cached[3:]) and (
             kernel.open_node_nft().rules(self.table) == cached[3:])
 
-    def entries(self) -> Optional[set[Pair]]:
+    def entries(self) -> Optional[set[model.Pair]]:
         """Return the guard entries in the table; None without a table.
 
         :raises KernelRefused: if they cannot be listed
@@ -259,7 +255,7 @@ class Guard:
                 return None
             raise
 
-    def ensure(self, link: kernel.Link, hosts: Collection[IPAddress],
+    def ensure(self, link: kernel.Link, hosts: Collection[model.IPAddress],
                is_used: Callable[[], bool], is_filled: bool) -> bool:
         """Load the table if it is missing or was changed.
 
@@ -328,7 +324,7 @@ class Guard:
             return False
         return True
 
-    def _text(self, link: kernel.Link, hosts: Iterable[IPAddress],
+    def _text(self, link: kernel.Link, hosts: Iterable[model.IPAddress],
               held: str = _HELD, egress: str = _EGRESS) -> str:
         """Return the definition of the chains, in nft's syntax."""
         lower = kernel.format_ifname(link.lower)
@@ -341,7 +337,8 @@ class Guard:
             solicited=solicited, egress=egress.format(
                 lower=lower, mac=link.mac, held=held, solicited=solicited))
 
-    def _digest(self, link: kernel.Link, hosts: Iterable[IPAddress]) -> str:
+    def _digest(self, link: kernel.Link,
+                hosts: Iterable[model.IPAddress]) -> str:
         """Return a digest of all data that the table depends on.
 
         The rules that answer solicitations contain the ifindex of break0,
@@ -355,8 +352,8 @@ class Guard:
         self._cache.drop(self._key)
         return kernel.open_node_nft().delete_table(self.table)
 
-    def change(self, added: Collection[Pair],
-               deleted: Collection[Pair] = ()) -> bool:
+    def change(self, added: Collection[model.Pair],
+               deleted: Collection[model.Pair] = ()) -> bool:
         """Add and delete guard entries, if the table exists.
 
         :returns: whether the table exists
@@ -384,7 +381,7 @@ class Guard:
         return False
 
     def release(self, netlink: kernel.Netlink, parent: Optional[int],
-                macs: Mapping[IPAddress, Optional[str]]) -> None:
+                macs: Mapping[model.IPAddress, Optional[str]]) -> None:
         """Release the packets that wait for the MAC address of a pod.
 
         If the node has asked the LAN for a pod, the kernel holds packets to
@@ -406,11 +403,11 @@ class Guard:
         for address in netlink.list_unresolved(parent, macs):
             mac = macs[address]
             changes: list[kernel.Change] = [
-                (Verb.DELETE, Neighbour(address, parent, '', None))]
+                (Verb.DELETE, model.Neighbour(address, parent, '', None))]
             if mac and (self._cache.get(self._key) or ())[1:2] == [True]:
                 with contextlib.suppress(exceptions.KernelRefused):
                     self._nft().add(self.table, [
-                        _Held(*Pair.of(address, mac))])
-                    changes.insert(0, (Verb.REPLACE, Neighbour(
+                        _Held(*model.Pair.of(address, mac))])
+                    changes.insert(0, (Verb.REPLACE, model.Neighbour(
                         address, parent, mac, None)))
             netlink.change(changes)

@@ -17,7 +17,7 @@ from typing import Collection, Iterable, NamedTuple
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.cache import Cache
 from kuryr_break0.ledger import files
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 #: Minimum time in seconds from the bind of an address to the first sync that
 #: counts, and from the first sync to the second sync that counts.
@@ -32,7 +32,7 @@ class Missing(NamedTuple):
     :ivar is_replaced: whether the interface has another address of the family
     """
 
-    record: Record
+    record: model.Record
     is_replaced: bool
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Missing(NamedTuple):
 
 
 def find(states: Collection[kernel.AddressState], link: kernel.Link,
-         records: Collection[Record], pause: float = PAUSE
+         records: Collection[model.Record], pause: float = PAUSE
          ) -> list[Missing]:
     """Return the recorded addresses that a namespace does not have.
 
@@ -92,12 +92,12 @@ class Sightings:
             if isinstance(key, str) and isinstance(when, float):
                 self._first[key] = when
 
-    def has(self, records: Iterable[Record]) -> bool:
+    def has(self, records: Iterable[model.Record]) -> bool:
         """Return whether an earlier sync found one of the records replaced."""
         return bool(self._first) and any(
             _key(record) in self._first for record in records)
 
-    def note(self, records: Iterable[Record],
+    def note(self, records: Iterable[model.Record],
              missing: Iterable[Missing]) -> list[Missing]:
         """Note the missing addresses of an interface.
 
@@ -117,7 +117,7 @@ class Sightings:
         return [each for key, each in by_key.items()
                 if now - self._first[key] >= PAUSE]
 
-    def keep(self, records: Iterable[Record]) -> None:
+    def keep(self, records: Iterable[model.Record]) -> None:
         """Store the sightings in the cache; drop sightings without a record.
 
         :param records: all records of the ledger
@@ -130,6 +130,6 @@ class Sightings:
             self._cache.put(_NAME, kept)
 
 
-def _key(record: Record) -> str:
+def _key(record: model.Record) -> str:
     """Return a key that identifies one bind of an address."""
     return '%s %r %s' % (record.address, record.bound_at, record.owner)

@@ -21,18 +21,15 @@ from kuryr_break0.break0.missing import Sightings
 from kuryr_break0.break0 import podside
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
-from kuryr_break0.failures import Failures
+from kuryr_break0 import failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.claims import Claims
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0 import log
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import NodeAddresses
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
-from kuryr_break0.policy import Policy
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
@@ -51,7 +48,7 @@ class Repairs(NamedTuple):
     :ivar missing: other recorded addresses that the interface lacks
     """
 
-    changed: list[Owner]
+    changed: list[model.Owner]
     released: list[Missing]
     missing: list[Missing]
 
@@ -61,14 +58,14 @@ class Pods:
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
-        self._policy = Policy(options)
+        self._policy = policy.Policy(options)
         self._ledger = ledger
         self._records = ledger.records
 
     def node_addresses(self, netlink: kernel.Netlink, break0: Break0,
                        parent: str,
-                       sources: Collection[Optional[IPAddress]]
-                       ) -> NodeAddresses:
+                       sources: Collection[Optional[model.IPAddress]]
+                       ) -> model.NodeAddresses:
         """Return the node addresses that the pods on a parent must know.
 
         The addresses of the node are cached. They are read again if the cache
@@ -78,7 +75,7 @@ class Pods:
         :param sources: source addresses of the pods' routes
         """
         cache = self._ledger.cache
-        cached: Optional[list[tuple[int, IPAddress]]] = None
+        cached: Optional[list[tuple[int, model.IPAddress]]] = None
         with contextlib.suppress(TypeError, ValueError):
             cached = [(int(at), ipaddress.ip_address(address)) for at, address
                       in cache.get_recent('addresses') or ()]
@@ -114,8 +111,8 @@ class Pods:
             return claims[place:]
         return ()
 
-    def configure(self, records: list[Record], node: NodeAddresses
-                  ) -> list[Record]:
+    def configure(self, records: list[model.Record], node: model.NodeAddresses
+                  ) -> list[model.Record]:
         """Configure the pod side of one interface, then update its records.
 
         A failure is only logged, because the next sync repairs it. Until then,
@@ -140,7 +137,7 @@ class Pods:
         siblings = self._siblings(records[0], foreign)
         macs = tuple(dict.fromkeys(each.mac for each in siblings
                                    if each.mac is not None))
-        changes: list[tuple[Record, dict[str, Any]]] = [
+        changes: list[tuple[model.Record, dict[str, Any]]] = [
             (record, {'configured': node.digest, 'siblings': macs})
             for record in records]
         mac = records[0].mac
@@ -155,8 +152,8 @@ class Pods:
         return [dataclasses.replace(record, **fields)
                 for record, fields in changes] if siblings else []
 
-    def _siblings(self, record: Record,
-                  addresses: Iterable[IPAddress]) -> list[Record]:
+    def _siblings(self, record: model.Record,
+                  addresses: Iterable[model.IPAddress]) -> list[model.Record]:
         """Return the records of the sandbox's other interfaces on the parent.
 
         :param addresses: addresses of these interfaces; an address without a
@@ -171,9 +168,10 @@ class Pods:
                     siblings.append(other)
         return siblings
 
-    def repair(self, interfaces: Iterable[tuple[list[Record], NodeAddresses]],
-               failure: Failures, dry_run: bool,
-               unreadable: Collection[IPAddress] = ()) -> Repairs:
+    def repair(self, interfaces: Iterable[tuple[list[model.Record],
+                                                model.NodeAddresses]],
+               failure: failures.Failures, dry_run: bool,
+               unreadable: Collection[model.IPAddress] = ()) -> Repairs:
         """Repair all outdated pod sides, and at most ENTERED other pod sides.
 
         A pod side is outdated if its record has another digest than the node
@@ -188,8 +186,8 @@ class Pods:
         cache = self._ledger.cache
         repairs = Repairs([], [], [])
         sightings = Sightings(cache)
-        outdated: list[tuple[list[Record], NodeAddresses]] = []
-        current: list[tuple[list[Record], NodeAddresses]] = []
+        outdated: list[tuple[list[model.Record], model.NodeAddresses]] = []
+        current: list[tuple[list[model.Record], model.NodeAddresses]] = []
         for records, node in interfaces:
             (outdated if any(record.configured != node.digest for record
                              in records) or sightings.has(records)
@@ -232,12 +230,12 @@ class Pods:
                 cache.put('unconfigured', still)
         return repairs
 
-    def withdraw(self, record: Record) -> None:
+    def withdraw(self, record: model.Record) -> None:
         """Remove the pod side of an address, unless its namespace is gone.
 
         A failure is only logged.
         """
-        def is_bound(address: IPAddress) -> bool:
+        def is_bound(address: model.IPAddress) -> bool:
             newest = self._records.get(address)
             return newest is not None and newest.owner == record.owner
 
@@ -248,8 +246,9 @@ class Pods:
             LOG.debug('The sandbox %s keeps its routes and neighbours for the '
                       'node: %s', record.owner_text, err)
 
-    def _put_configured(self, records: list[Record], node: NodeAddresses,
-                        failure: Failures) -> None:
+    def _put_configured(self, records: list[model.Record],
+                        node: model.NodeAddresses,
+                        failure: failures.Failures) -> None:
         """Record that the pod side was configured.
 
         If an address was unbound meanwhile, remove its pod side.
@@ -268,6 +267,6 @@ class Pods:
                         podside.withdraw(record, self._options)
 
 
-def is_gone(claim: Record) -> bool:
+def is_gone(claim: model.Record) -> bool:
     """Return whether the sandbox of a claim is proven not to exist."""
     return kernel.judge_state(*claim.place) is kernel.State.GONE

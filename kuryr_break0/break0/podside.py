@@ -28,13 +28,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0 import log
-from kuryr_break0.model import best_metric
-from kuryr_break0.model import Entry
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import NodeAddresses
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -64,9 +58,9 @@ class PodSide:
     :raises InterfaceGone: if there is no such interface
     """
 
-    def __init__(self, netlink: kernel.Netlink, records: Collection[Record],
-                 options: config.Options,
-                 unreadable: Collection[IPAddress] = ()) -> None:
+    def __init__(self, netlink: kernel.Netlink,
+                 records: Collection[model.Record], options: config.Options,
+                 unreadable: Collection[model.IPAddress] = ()) -> None:
         self._netlink = netlink
         self._records = records
         self._unreadable = unreadable
@@ -88,7 +82,7 @@ class PodSide:
         self._guarded = (options.guard != config.OFF
                          and link.mac == self.record.mac)
 
-    def configure(self, node: NodeAddresses) -> None:
+    def configure(self, node: model.NodeAddresses) -> None:
         """Set all neighbours and routes, without reading the present ones.
 
         The interface may have no address yet, because Kuryr assigns it after
@@ -127,7 +121,8 @@ class PodSide:
         """Return whether the source MAC rule is missing and could be added."""
         return self._bind_source(dry_run=True)
 
-    def changes(self, node: NodeAddresses) -> list[tuple[Verb, Entry]]:
+    def changes(self, node: model.NodeAddresses
+                ) -> list[tuple[Verb, model.Entry]]:
         """Return the changes that configure the pod side."""
         present, desired = self.marked(), list(self.desired(node))
         hosts = {item.dst for item in desired}
@@ -140,7 +135,7 @@ class PodSide:
                 *((Verb.REPLACE, item) for item in desired
                   if item not in present)]
 
-    def repair(self, node: NodeAddresses, dry_run: bool) -> bool:
+    def repair(self, node: model.NodeAddresses, dry_run: bool) -> bool:
         """Repair the pod side; return whether it differed."""
         changes = self.changes(node)
         if not dry_run:
@@ -161,7 +156,7 @@ class PodSide:
             if err is not None and not (verb is Verb.DELETE and err.is_absent):
                 raise err
 
-    def addresses(self, of_others: bool = False) -> set[IPAddress]:
+    def addresses(self, of_others: bool = False) -> set[model.IPAddress]:
         """Return the addresses of the interface.
 
         :param of_others: return the addresses of the pod's other interfaces
@@ -182,14 +177,14 @@ class PodSide:
             return []  # the list may be incomplete
         return missing.find(states, self.link, self._records, pause)
 
-    def marked(self) -> list[Entry]:
+    def marked(self) -> list[model.Entry]:
         """List the neighbours and routes with our protocol number."""
-        items: list[Entry] = [*self._netlink.host_routes_of(
+        items: list[model.Entry] = [*self._netlink.host_routes_of(
             self._index, kernel.RT_TABLE_MAIN),
             *self._netlink.neighbours(self._index)]
         return [item for item in items if item.protocol == self._protocol]
 
-    def desired(self, node: NodeAddresses) -> Iterator[Entry]:
+    def desired(self, node: model.NodeAddresses) -> Iterator[model.Entry]:
         """Return the neighbours and routes that the pod needs.
 
         A node address on the link of any interface of the pod needs no route.
@@ -197,25 +192,25 @@ class PodSide:
         for host in node.addresses:
             if host.version not in self._versions:
                 continue
-            yield Neighbour(host, self._index, node.mac, self._protocol)
+            yield model.Neighbour(host, self._index, node.mac, self._protocol)
             if not (any(host in subnet for subnet in self.record.subnets)
                     or self._netlink.is_on_link(host)):
-                yield HostRoute(host, self._index, self._protocol,
-                                kernel.RT_TABLE_MAIN,
-                                metric=best_metric(host))
+                yield model.HostRoute(host, self._index, self._protocol,
+                                      kernel.RT_TABLE_MAIN,
+                                      metric=model.best_metric(host))
 
 
 @contextlib.contextmanager
-def entered(record: Record) -> Iterator[kernel.Netlink]:
+def entered(record: model.Record) -> Iterator[kernel.Netlink]:
     """Enter the namespace of a record; yield a socket in that namespace."""
     with kernel.enter_namespace(str(record.netns), record.namespace), \
             kernel.Netlink(most=MOST) as netlink:
         yield netlink
 
 
-def repair(records: Collection[Record], node: NodeAddresses,
+def repair(records: Collection[model.Record], node: model.NodeAddresses,
            options: config.Options, dry_run: bool = False,
-           unreadable: Collection[IPAddress] = ()) -> Differences:
+           unreadable: Collection[model.IPAddress] = ()) -> Differences:
     """Compare the entries of a pod with the required ones, and correct them.
 
     :param records: records of one interface, at least one
@@ -226,7 +221,7 @@ def repair(records: Collection[Record], node: NodeAddresses,
         return Differences(side.repair(node, dry_run), side.missing())
 
 
-def has_lost_interface(record: Record, options: config.Options) -> bool:
+def has_lost_interface(record: model.Record, options: config.Options) -> bool:
     """Return whether the namespace of a record lacks the interface.
 
     Return False if the namespace cannot be entered or read.
@@ -241,9 +236,10 @@ def has_lost_interface(record: Record, options: config.Options) -> bool:
     return False
 
 
-def withdraw(record: Record, options: config.Options,
-             is_bound: Callable[[IPAddress], bool] = lambda address: False,
-             dry_run: bool = False) -> list[Entry]:
+def withdraw(record: model.Record, options: config.Options,
+             is_bound: Callable[[model.IPAddress], bool] = (
+                 lambda address: False),
+             dry_run: bool = False) -> list[model.Entry]:
     """Delete the entries that configured the pod side of an address.
 
     An entry stays if another bound address of the interface needs it.
@@ -269,7 +265,7 @@ def withdraw(record: Record, options: config.Options,
         return items
 
 
-def _release(record: Record) -> None:
+def _release(record: model.Record) -> None:
     """Delete the nftables table of an interface.
 
     The table outlives the interface.

@@ -17,10 +17,8 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.manager import Break0Manager
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.policy import Policy
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 if TYPE_CHECKING:
     from kuryr_break0.kuryr.api import Port
@@ -68,7 +66,7 @@ class Finding:
 
     pod: str
     ifname: str
-    addresses: tuple[IPAddress, ...]
+    addresses: tuple[model.IPAddress, ...]
     outcome: str
     reason: Optional[str] = None
     netns: Optional[str] = None
@@ -134,7 +132,7 @@ class Adopter:
             and parent in (None, macvlan.parent)}
         self._dry_run = dry_run
         self._ledger = Ledger(options.state_dir)
-        self._policy = Policy(options)
+        self._policy = policy.Policy(options)
         self._manager = Break0Manager(options)
 
     def adopt(self, port: Port) -> Finding:
@@ -173,7 +171,7 @@ class Adopter:
         # The runtime chooses the name of the first interface (CNI_IFNAME), so
         # the KuryrPort does not contain that name.
         ifname = macvlan.link.name
-        owner = Owner.adopted(macvlan.namespace, ifname)
+        owner = model.Owner.adopted(macvlan.namespace, ifname)
         unbound = []
         for address in port.addresses:
             record = self._ledger.records.get(address)
@@ -187,7 +185,7 @@ class Adopter:
                     address=address, owner=record.owner, **vars(record.owner))
             if self._dry_run:
                 reason = self._manager.refusal(address, macvlan.parent,
-                                               Origin.KURYR)
+                                               model.Origin.KURYR)
                 if reason is not None:
                     raise self._policy.refused(address, reason)
             unbound.append(address)
@@ -195,5 +193,5 @@ class Adopter:
             self._manager.bind(
                 owner, unbound, parent=macvlan.parent, mac=port.mac,
                 subnets=port.subnets, netns=macvlan.netns, pod=port.pod,
-                yielding=True, origin=Origin.KURYR)
+                yielding=True, origin=model.Origin.KURYR)
         return bool(unbound)

@@ -20,9 +20,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.manager import Break0Manager
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
+from kuryr_break0 import model
 from kuryr_break0 import option_types
 
 _BIND = """\
@@ -112,7 +110,7 @@ def _owner(name: str) -> str:
 
 def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     command = conf.command
-    owner = Owner(command.owner, command.ifname)
+    owner = model.Owner(command.owner, command.ifname)
     parent = command.parent or options.parent or config.read_link_iface(conf)
     if parent is not None:  # it may be an altname
         parent = kernel.find_current_name(parent, kernel.find_ifindex(parent))
@@ -143,7 +141,7 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
             _require_other(command.mac, parent, devices.names())
         manager.bind(owner, addresses, parent=parent, mac=mac,
                      netns=command.netns, yielding=True,
-                     origin=Origin.MANUAL)
+                     origin=model.Origin.MANUAL)
     except (exceptions.AddressTaken, exceptions.ForeignRoute) as err:
         return common.fail(common.DRIFT, err)
     except _NOT_MEANT as err:
@@ -214,7 +212,7 @@ def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def _meant(command: Any, ledger: Ledger
-           ) -> tuple[Owner, list[IPAddress], Optional[str]]:
+           ) -> tuple[model.Owner, list[model.IPAddress], Optional[str]]:
     """Return owner, addresses and namespace of the claims to unbind.
 
     :raises WrongUsage: unless the arguments name exactly one interface
@@ -226,7 +224,7 @@ def _meant(command: Any, ledger: Ledger
             'Give addresses and the --owner that you gave to bind, or only '
             '--pod with the name of a container or pod.')
     if command.pod is None:
-        return Owner(command.owner, command.ifname or 'eth0'), list(
+        return model.Owner(command.owner, command.ifname or 'eth0'), list(
             dict.fromkeys(command.address)), None
     live = {address: claims[0] for address, claims
             in ledger.contents().claims.items()}

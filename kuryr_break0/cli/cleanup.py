@@ -29,8 +29,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Ownership
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.model import by_address
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 _DESCRIPTION = """\
 Delete everything that kuryr-break0 has created on this node, and nothing
@@ -149,8 +148,8 @@ class Cleanup:
                 ledger.clear()
 
     @staticmethod
-    def _interfaces(current: Snapshot, records: Iterable[Record]
-                    ) -> list[Record]:
+    def _interfaces(current: Snapshot, records: Iterable[model.Record]
+                    ) -> list[model.Record]:
         """Return one record for each interface in an existing namespace.
 
         Pods behind the break0 of another ledger are left out: that ledger
@@ -165,7 +164,7 @@ class Cleanup:
                 by_interface[record.netns, record.owner.ifname] = record
         return [by_interface[key] for key in sorted(by_interface)]
 
-    def _pod(self, record: Record) -> Iterator[Removal]:
+    def _pod(self, record: model.Record) -> Iterator[Removal]:
         try:
             items = podside.withdraw(record, self.options,
                                      dry_run=self.dry_run)
@@ -189,7 +188,7 @@ class Cleanup:
             return
         items = snapshot.items_of(parent, self.options.route_protocol)
         works = [Work(address, unset=tuple(some)) for address, some
-                 in by_address(items).items()]
+                 in model.by_address(items).items()]
         errors = {} if self.dry_run else apply(netlink, guarding, works).errors
         for err in errors.values():
             raise err

@@ -17,7 +17,6 @@ from kuryr_break0.cli import status
 from kuryr_break0 import config
 from kuryr_break0.doctor import bundle
 from kuryr_break0.doctor import examination
-from kuryr_break0.doctor.examination import Examination
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor import installation
 from kuryr_break0.doctor import report
@@ -72,7 +71,7 @@ def _add_ignore(added: Any) -> None:
         'may be repeated', _known, action='append', default=[])
 
 
-def _bundle(conf: cfg.ConfigOpts, result: Examination) -> None:
+def _bundle(conf: cfg.ConfigOpts, result: examination.Examination) -> None:
     options = config.load(conf)
     bundle.Bundle(options, conf.command.redact).write(conf.command.bundle, {
         'status.json': lambda: json.dumps(status.as_json(options),
@@ -148,7 +147,7 @@ def run(conf: cfg.ConfigOpts) -> int:
             if result.has(findings.WARNING) else common.IN_SYNC)
 
 
-def _print(result: Examination) -> None:
+def _print(result: examination.Examination) -> None:
     *blocks, summary = report.as_text(
         result.findings, result.not_examined, result.examined, result.pods,
         **result.counts).split('\n\n')

@@ -7,11 +7,7 @@ from __future__ import annotations
 from typing import Mapping
 
 from kuryr_break0 import exceptions
-from kuryr_break0.model import address_order
-from kuryr_break0.model import Entry
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 from kuryr_break0 import option_types
 from kuryr_break0.texts import close_to
 
@@ -19,27 +15,27 @@ from kuryr_break0.texts import close_to
 _SHORT_ID = 12
 
 
-def described(item: Entry, device: str) -> str:
+def described(item: model.Entry, device: str) -> str:
     """Return a route or neighbour in the syntax of ip(8).
 
     :param device: the name of the interface
     """
-    if isinstance(item, HostRoute):
+    if isinstance(item, model.HostRoute):
         return 'route %s dev %s proto %d table %d%s' % (
             item.dst, device, item.protocol, item.table,
             ' src %s' % item.src if item.src else '')
     return 'neighbour %s dev %s lladdr %s' % (item.dst, device, item.mac)
 
 
-def is_called(record: Record, name: str) -> bool:
+def is_called(record: model.Record, name: str) -> bool:
     """Return whether a record's container or pod has this name or short id."""
     owner, pod = record.owner.container_id, record.pod or ''
     return name in filter(None, (owner, pod, pod.rpartition('/')[2])) or (
         len(name) >= _SHORT_ID and owner.startswith(name))
 
 
-def addresses_of(name: str, live: Mapping[IPAddress, Record]
-                 ) -> list[IPAddress]:
+def addresses_of(name: str, live: Mapping[model.IPAddress, model.Record]
+                 ) -> list[model.IPAddress]:
     """Return the addresses of a container or pod, or the given address.
 
     :param name: name of a container or pod, container id, or address
@@ -50,7 +46,8 @@ def addresses_of(name: str, live: Mapping[IPAddress, Record]
         return [option_types.host_address(name)]
     except ValueError as err:
         addresses = sorted((address for address, record in live.items()
-                            if is_called(record, name)), key=address_order)
+                            if is_called(record, name)),
+                           key=model.address_order)
         if not addresses:
             raise exceptions.WrongUsage(
                 '%s, and no container or pod of that name is bound here '

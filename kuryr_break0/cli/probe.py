@@ -25,9 +25,7 @@ from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.model import address_order
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Owner
+from kuryr_break0 import model
 from kuryr_break0 import option_types
 
 _DESCRIPTION = """\
@@ -86,8 +84,8 @@ class Result:
         no search was made
     """
 
-    address: IPAddress
-    owner: Optional[Owner]
+    address: model.IPAddress
+    owner: Optional[model.Owner]
     probes: list[Probe]
     note: Optional[str]
     claimants: Optional[list[str]]
@@ -116,7 +114,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
             'probe all bound addresses.')
     with kernel.Netlink() as netlink:
         snapshot = actual.read(options, Ledger(options.state_dir), netlink)
-    addresses = (sorted(snapshot.live, key=address_order) if command.all
+    addresses = (sorted(snapshot.live, key=model.address_order) if command.all
                  else names.addresses_of(command.target, snapshot.live))
     prober = Prober(command.count, command.timeout, command.tcp)
     with output.Counter('probe') as counter:
@@ -173,7 +171,7 @@ def _row(probe: Probe) -> list[str]:
 
 
 def _result(prober: Prober, options: config.Options, snapshot: Snapshot,
-            address: IPAddress, command: Any) -> Result:
+            address: model.IPAddress, command: Any) -> Result:
     record, parent = snapshot.live.get(address), snapshot.parent_of(address)
     device = parent.device if parent else options.device
     note, claimants = None, None

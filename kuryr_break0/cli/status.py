@@ -25,11 +25,7 @@ from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger import readers
-from kuryr_break0.model import address_order
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 from kuryr_break0 import option_types
 
 #: Largest number of characters to show of a container id, or of the name that
@@ -61,8 +57,9 @@ def add_parsers(subparsers: Any) -> None:
                     'contains TEXT')
     added.add_value('--owner', 'ID', 'show only containers whose id starts '
                     'with ID')
-    added.add_argument('--origin', choices=[each.value for each in Origin],
-                       help='show only addresses with this origin')
+    added.add_argument(
+        '--origin', choices=[each.value for each in model.Origin],
+        help='show only addresses with this origin')
     added.add_value(
         '--wait', 'SECONDS', 'first wait until everything is in sync, at most '
         'this time (default: 60)', option_types.WholeNumber(
@@ -136,7 +133,7 @@ class Status:
         self._of_node = problems.of_node(self._all_problems)
         self._differences = list(readers.list_differences(ledger))
         self._addresses = sorted(snapshot.live.keys() | self._problems.keys(),
-                                 key=address_order)
+                                 key=model.address_order)
         if command is not None:
             named = None if command.target is None else names.addresses_of(
                 command.target, snapshot.live)
@@ -193,7 +190,7 @@ class Status:
             return None  # the guard was not read
         return 'faulty' if parent.guard else 'loaded'
 
-    def _address_as_json(self, address: IPAddress) -> dict[str, Any]:
+    def _address_as_json(self, address: model.IPAddress) -> dict[str, Any]:
         record = self._snapshot.live.get(address)
         parent = self._snapshot.parent_of(address)
         neighbour = parent and parent.neighbours.get(address)
@@ -247,7 +244,7 @@ class Status:
                     self._addresses,
                     key=lambda each: each not in self._problems)], wide)
 
-    def _row(self, address: IPAddress, wide: bool) -> list[str]:
+    def _row(self, address: model.IPAddress, wide: bool) -> list[str]:
         each, record = self._address_as_json(address), self._snapshot.live.get(
             address)
         owner = '-'
@@ -282,13 +279,14 @@ class Status:
                 yield '%s: bound for %s' % (
                     address, self._snapshot.live[address].owner_text)
 
-    def addresses_of(self, owners: Collection[Owner]) -> list[IPAddress]:
+    def addresses_of(self, owners: Collection[model.Owner]
+                     ) -> list[model.IPAddress]:
         """Return the bound addresses of the given owners."""
         return [address for address, record in self._snapshot.live.items()
                 if record.owner in owners]
 
 
-def _is_of(record: Optional[Record], command: Any) -> bool:
+def _is_of(record: Optional[model.Record], command: Any) -> bool:
     """Return whether --pod, --owner and --origin select a record."""
     if record is None:
         return not (command.pod or command.owner or command.origin)
@@ -298,7 +296,7 @@ def _is_of(record: Optional[Record], command: Any) -> bool:
                                    and record.origin.value))
 
 
-def _device_as_json(link: kernel.Link, addresses: tuple[IPAddress, ...],
+def _device_as_json(link: kernel.Link, addresses: tuple[model.IPAddress, ...],
                     guard: Optional[str]) -> dict[str, Any]:
     return {
         'name': link.name, 'index': link.index, 'kind': link.kind,

@@ -18,9 +18,7 @@ from kuryr_break0.engine.plan import Outcome
 from kuryr_break0.engine.reconciler import Reconciler
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import of_kind
+from kuryr_break0 import model
 
 
 _DESCRIPTION = """\
@@ -97,10 +95,10 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
     for sign, items in (('+', outcome.set), ('-', outcome.unset),
                         ('!', outcome.foreign), ('!', outcome.unclaimed)):
         # Guard entries have no lines: the lines of interfaces count them.
-        for route in of_kind(HostRoute, items):
+        for route in model.of_kind(model.HostRoute, items):
             yield '%s %s' % (sign, names.described(
                 route, _name_of(route.oif, options)))
-        for each in of_kind(Neighbour, items):
+        for each in model.of_kind(model.Neighbour, items):
             yield '%s %s' % (sign, names.described(
                 each, _name_of(each.ifindex, options)))
     for record in outcome.gone:
@@ -122,7 +120,7 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
 
 
 def _as_json(outcome: Outcome, options: config.Options) -> dict[str, Any]:
-    def route(each: HostRoute) -> dict[str, Any]:
+    def route(each: model.HostRoute) -> dict[str, Any]:
         return {'address': str(each.dst), 'interface_index': each.oif,
                 'interface': (None if each.oif is None
                               else _name_of(each.oif, options)),
@@ -140,12 +138,14 @@ def _as_json(outcome: Outcome, options: config.Options) -> dict[str, Any]:
                 'ifname': each.owner.ifname, 'netns': each.netns}
 
     return {
-        'routes': {'set': list(map(route, of_kind(HostRoute, outcome.set))),
-                   'delete': list(map(route, of_kind(HostRoute,
-                                                     outcome.unset))),
-                   'foreign': list(map(route, outcome.foreign))},
+        'routes': {
+            'set': list(map(route, model.of_kind(
+                model.HostRoute, outcome.set))),
+            'delete': list(map(route, model.of_kind(
+                model.HostRoute, outcome.unset))),
+            'foreign': list(map(route, outcome.foreign))},
         'neighbours': {
-            name: list(map(neighbour, of_kind(Neighbour, items)))
+            name: list(map(neighbour, model.of_kind(model.Neighbour, items)))
             for name, items in (('set', outcome.set),
                                 ('delete', outcome.unset))},
         'unclaimed': sorted({str(each.dst) for each in outcome.unclaimed}),

@@ -17,15 +17,13 @@ from kuryr_break0.engine import actual
 from kuryr_break0.engine import problems
 from kuryr_break0.engine.snapshot import by_interface
 from kuryr_break0 import exceptions
-from kuryr_break0.failures import Failures
+from kuryr_break0 import failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -117,7 +115,7 @@ class Plugin:
             requests.STATUS: self._status}[self._request.command]()
 
     @property
-    def _owner(self) -> Owner:
+    def _owner(self) -> model.Owner:
         assert self._request.owner is not None
         return self._request.owner
 
@@ -142,7 +140,7 @@ class Plugin:
                 owner, [each.ip for each in own],
                 parent=macvlan.parent, mac=macvlan.link.mac,
                 subnets=list(dict.fromkeys(each.network for each in own)),
-                netns=request.netns, pod=request.pod, origin=Origin.CNI,
+                netns=request.netns, pod=request.pod, origin=model.Origin.CNI,
                 network=request.network, bound_at=self._began)
             if not addresses:
                 raise exceptions.NoAddress(owner=owner)
@@ -203,7 +201,7 @@ class Plugin:
             raise CNIError(DIFFERS, differences
                            + '. To repair it, run: kuryr-break0 sync')
 
-    def _differences(self, addresses: list[IPAddress]) -> Iterator[str]:
+    def _differences(self, addresses: list[model.IPAddress]) -> Iterator[str]:
         if not self._options.enabled:
             return
         with kernel.Netlink() as netlink:
@@ -239,12 +237,12 @@ class Plugin:
         """
         request = self._request
         valid = request.attachments()
-        failure = Failures()
+        failure = failures.Failures()
         for claims in list(self._ledger.records.find_containing(
                 request.network)):
             for claim in claims:
                 if (claim.network != request.network
-                        or claim.origin is not Origin.CNI):
+                        or claim.origin is not model.Origin.CNI):
                     continue
                 if valid is None:
                     unwanted = kernel.judge_state(

@@ -15,8 +15,7 @@ import math
 import re
 from typing import Any, Mapping, Optional
 
-from kuryr_break0.model import IPInterface
-from kuryr_break0.model import Owner
+from kuryr_break0 import model
 
 #: Versions of the specification, the newest last.
 SUPPORTED = ('0.3.1', '0.4.0', '1.0.0', '1.1.0')
@@ -64,7 +63,7 @@ class Request:
     command: str
     version: str
     config: dict[str, Any]
-    owner: Optional[Owner] = None
+    owner: Optional[model.Owner] = None
     netns: Optional[str] = None
     pod: Optional[str] = None
 
@@ -111,7 +110,7 @@ class Request:
                            'sandbox' % self.owner.ifname)
         return own
 
-    def addresses(self) -> list[IPInterface]:
+    def addresses(self) -> list[model.IPInterface]:
         """Return this interface's addresses with their prefix lengths."""
         own = self._interfaces()
         return [_address(each.get('address'))
@@ -127,7 +126,7 @@ class Request:
                     return str(each['mac']).lower()
         return None
 
-    def attachments(self) -> Optional[set[Owner]]:
+    def attachments(self) -> Optional[set[model.Owner]]:
         """Return the valid attachments; None if the list is null."""
         key = 'cni.dev/valid-attachments'
         if key not in self.config:
@@ -141,7 +140,7 @@ class Request:
             if not all(isinstance(field, str) and field for field in fields):
                 raise CNIError(INVALID, '%s has an entry without containerID '
                                'and ifname' % key)
-            attachments.add(Owner(*map(str, fields)))
+            attachments.add(model.Owner(*map(str, fields)))
         return attachments
 
 
@@ -185,7 +184,7 @@ def version_of(data: bytes) -> str:
 
 
 def _container(command: str, environment: Mapping[str, str]
-               ) -> tuple[Optional[Owner], Optional[str], Optional[str]]:
+               ) -> tuple[Optional[model.Owner], Optional[str], Optional[str]]:
     if command == VERSION:
         return None, None, None
     _variable(environment, 'CNI_PATH')
@@ -207,7 +206,7 @@ def _container(command: str, environment: Mapping[str, str]
                               or not netns.isprintable()):
         raise CNIError(BAD_VARIABLE, 'CNI_NETNS is %s: it must be an absolute '
                        'path' % _short(netns))
-    return Owner(container_id, ifname), netns, _pod(environment)
+    return model.Owner(container_id, ifname), netns, _pod(environment)
 
 
 def _variable(environment: Mapping[str, str], name: str) -> str:
@@ -269,7 +268,7 @@ def _objects(of: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return value
 
 
-def _address(text: Any) -> IPInterface:
+def _address(text: Any) -> model.IPInterface:
     if isinstance(text, str) and '/' in text:
         with contextlib.suppress(ValueError):
             return ipaddress.ip_interface(text)

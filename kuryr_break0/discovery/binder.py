@@ -12,19 +12,15 @@ from kuryr_break0 import config
 from kuryr_break0.discovery.records import find_maintained
 from kuryr_break0.discovery.records import make_owner_id
 from kuryr_break0.engine import containers
-from kuryr_break0.engine.transitions import Engine
+from kuryr_break0.engine import transitions
 from kuryr_break0 import exceptions
-from kuryr_break0.failures import Failures
+from kuryr_break0 import failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
-from kuryr_break0.policy import Policy
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
@@ -52,19 +48,20 @@ class Binder:
                  on_change: Callable[[], None]) -> None:
         self._options = options
         self._ledger = ledger
-        self._policy = Policy(options)
+        self._policy = policy.Policy(options)
         self._manager = Break0Manager(options)
         #: records of discovered addresses, by namespace
-        self._records: dict[NamespaceId, dict[IPAddress, Record]] = {}
+        self._records: dict[model.NamespaceId,
+                            dict[model.IPAddress, model.Record]] = {}
         #: containers of the namespaces that have records
-        self._containers: dict[NamespaceId, Hashable] = {}
+        self._containers: dict[model.NamespaceId, Hashable] = {}
         #: namespaces with a refused address
-        self._refused: set[NamespaceId] = set()
-        self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
+        self._refused: set[model.NamespaceId] = set()
+        self._refusals: set[tuple[model.IPAddress, Optional[int], str]] = set()
         self._clear_at = 0.0
         self._on_change = on_change
 
-    def read_records(self) -> set[NamespaceId]:
+    def read_records(self) -> set[model.NamespaceId]:
         """Read the records of discovered addresses.
 
         If the ledger cannot be read, keep the previous records.
@@ -72,7 +69,8 @@ class Binder:
         :returns: namespaces to read again, because another program has changed
             their records or because an address was refused
         """
-        records: dict[NamespaceId, dict[IPAddress, Record]] = {}
+        records: dict[model.NamespaceId,
+                      dict[model.IPAddress, model.Record]] = {}
         try:
             for record in find_maintained(self._ledger):
                 if record.namespace is not None:
@@ -91,7 +89,7 @@ class Binder:
         self._on_change()
         return changed
 
-    def has_bound(self, namespace: NamespaceId) -> bool:
+    def has_bound(self, namespace: model.NamespaceId) -> bool:
         """Return whether an address of a namespace is bound."""
         return bool(self._records.get(namespace))
 
@@ -173,17 +171,18 @@ class Binder:
                    self._records.get(macvlan.namespace, {}).values()) and (
             not kernel.has_interface(str(self._options.parent)))
 
-    def _bind(self, address: IPAddress, macvlan: kernel.Macvlan) -> bool:
+    def _bind(self, address: model.IPAddress, macvlan: kernel.Macvlan) -> bool:
         """Bind an address, unless a claim or the policy forbids the bind.
 
         :returns: False if an error may be temporary
         """
-        reason = self._policy.refusal(address, Origin.DISCOVERED)
+        reason = self._policy.refusal(address, model.Origin.DISCOVERED)
         if reason is not None:
             self._log_refusal(address, macvlan, 'it is %s. For the remedy, '
                               'run: kuryr-break0 doctor' % reason)
             return True
-        owner = Owner(make_owner_id(macvlan.namespace), macvlan.link.name)
+        owner = model.Owner(make_owner_id(macvlan.namespace),
+                            macvlan.link.name)
         with contextlib.suppress(exceptions.LedgerUnavailable):
             for claim in self._ledger.records.claims(address):
                 if claim.owner == owner or kernel.judge_state(
@@ -203,18 +202,19 @@ class Binder:
             self._manager.bind(
                 owner, [address], parent=macvlan.parent,
                 mac=macvlan.link.mac, netns=macvlan.netns, yielding=True,
-                origin=Origin.DISCOVERED)
+                origin=model.Origin.DISCOVERED)
         except exceptions.Break0Error as err:
             self._log_refusal(address, macvlan, str(err))
             return isinstance(err, exceptions.AddressRefused)
-        self._records.setdefault(macvlan.namespace, {})[address] = Record(
+        record = model.Record(
             address, owner, macvlan.parent, macvlan.link.mac,
             netns=macvlan.netns, namespace=macvlan.namespace,
-            origin=Origin.DISCOVERED)
+            origin=model.Origin.DISCOVERED)
+        self._records.setdefault(macvlan.namespace, {})[address] = record
         self._on_change()
         return True
 
-    def _log_refusal(self, address: IPAddress, macvlan: kernel.Macvlan,
+    def _log_refusal(self, address: model.IPAddress, macvlan: kernel.Macvlan,
                      reason: str) -> None:
         """Log once why an address is not bound, with the remedy.
 
@@ -240,7 +240,7 @@ class Binder:
         return '%s (%s)' % (names[0], macvlan.netns) if names else (
             macvlan.netns)
 
-    def _unbind(self, record: Record, location: kernel.NamespaceLocation
+    def _unbind(self, record: model.Record, location: kernel.NamespaceLocation
                 ) -> bool:
         """Unbind an address; return whether the unbind succeeded."""
         try:
@@ -253,7 +253,7 @@ class Binder:
         self._on_change()
         return True
 
-    def unbind_ended(self, namespace: NamespaceId) -> bool:
+    def unbind_ended(self, namespace: model.NamespaceId) -> bool:
         """Unbind the addresses of a namespace that the kernel has deleted.
 
         If the deletion is not proven for each address, unbind no address.
@@ -267,13 +267,13 @@ class Binder:
             # Return early, because a container can create and delete thousands
             # of namespaces.
             return True
-        failure = Failures()
+        failure = failures.Failures()
         try:
             if any(kernel.judge_state(*record.place) is not kernel.State.GONE
                    for record in records.values()):
                 return False
-            remaining = Engine(self._options, self._ledger).remove_gone(
-                records, failure)
+            remaining = transitions.Engine(
+                self._options, self._ledger).remove_gone(records, failure)
             failure.raise_first()
         except exceptions.Break0Error as err:
             first = next(iter(records.values()))
@@ -289,13 +289,15 @@ class Binder:
         return True
 
 
-def _select_fields(records: dict[IPAddress, Record]) -> set[tuple[Any, ...]]:
+def _select_fields(records: dict[model.IPAddress, model.Record]
+                   ) -> set[tuple[Any, ...]]:
     """Return the fields of records that discovery reads from interfaces."""
     return {(each.address, each.owner, each.parent, each.mac)
             for each in records.values()}
 
 
-def _is_current(record: Optional[Record], macvlan: kernel.Macvlan) -> bool:
+def _is_current(record: Optional[model.Record],
+                macvlan: kernel.Macvlan) -> bool:
     """Return whether a record exists and matches an interface."""
     return record is not None and (record.mac, record.parent) == (
         macvlan.link.mac, macvlan.parent) and (

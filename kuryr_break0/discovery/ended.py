@@ -11,7 +11,7 @@ from typing import Hashable
 
 from kuryr_break0.discovery.binder import Binder
 from kuryr_break0.discovery.namespace import BURST
-from kuryr_break0.model import NamespaceId
+from kuryr_break0 import model
 from kuryr_break0.pace import Pace
 
 #: Pause in seconds after which the attempts for a namespace end. A timed sync
@@ -45,18 +45,18 @@ class EndedNamespaces:
     def __init__(self, binder: Binder, pace: Pace) -> None:
         self._binder = binder
         self._pace = pace
-        self._attempts: dict[NamespaceId, _Attempt] = {}
+        self._attempts: dict[model.NamespaceId, _Attempt] = {}
 
     def __len__(self) -> int:
         return len(self._attempts)
 
-    def add(self, namespace: NamespaceId, cause: Hashable) -> None:
+    def add(self, namespace: model.NamespaceId, cause: Hashable) -> None:
         """Schedule the first attempt, if the namespace has bound addresses."""
         if self._binder.has_bound(namespace):
             self._attempts.setdefault(namespace, _Attempt(
                 time.monotonic() + BURST, BURST, cause))
 
-    def discard(self, namespace: NamespaceId) -> None:
+    def discard(self, namespace: model.NamespaceId) -> None:
         """Cancel the attempts for a namespace that exists."""
         self._attempts.pop(namespace, None)
 

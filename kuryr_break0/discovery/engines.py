@@ -21,16 +21,12 @@ from typing import Any, Iterator, Optional, TypeVar
 
 from kuryr_break0 import config
 from kuryr_break0.discovery.records import find_discovered
-from kuryr_break0.engine.containers import ENGINE_SOCKETS
+from kuryr_break0.engine import containers
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import NAME
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -61,7 +57,7 @@ class Namer:
         self._options = options
         self._ledger = ledger
         #: monotonic time at which the requests for an owner's name end
-        self._until: dict[Owner, float] = {}
+        self._until: dict[model.Owner, float] = {}
         self._requested = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -112,7 +108,7 @@ class Namer:
         if not new:
             return False
         names = {}
-        for path in ENGINE_SOCKETS:
+        for path in containers.ENGINE_SOCKETS:
             names.update(self._read_names(path))
         for record in list(new.values()):
             name = (record.namespace and names.get(record.namespace)
@@ -123,9 +119,10 @@ class Namer:
                          record.address, record.owner.ifname, record.owner,
                          name)
                 del new[record.owner]
-        return bool(new) and any(map(os.path.exists, ENGINE_SOCKETS))
+        return bool(new) and any(
+            map(os.path.exists, containers.ENGINE_SOCKETS))
 
-    def _read_names(self, path: str) -> dict[NamespaceId, str]:
+    def _read_names(self, path: str) -> dict[model.NamespaceId, str]:
         """Return the names of an engine's containers, by namespace.
 
         :param path: socket of the engine
@@ -142,7 +139,7 @@ class Namer:
             LOG.debug('Cannot read names from the engine at %s: %s', path, err)
         return names
 
-    def _write_name(self, owner: Owner, name: str) -> None:
+    def _write_name(self, owner: model.Owner, name: str) -> None:
         records = self._ledger.records
         with contextlib.suppress(exceptions.Break0Error):
             for claims in list(records.find_containing(owner.container_id)):
@@ -150,13 +147,13 @@ class Namer:
                     claims = records.claims(claims[0].address)
                     named = [dataclasses.replace(claim, pod=name)
                              if claim.owner == owner
-                             and claim.origin is Origin.DISCOVERED
+                             and claim.origin is model.Origin.DISCOVERED
                              else claim for claim in claims]
                     if named and tuple(named) != claims:
                         records.put(named)
 
 
-def read_cgroup_name(record: Record) -> Optional[str]:
+def read_cgroup_name(record: model.Record) -> Optional[str]:
     """Return the name of a container of LXC, Incus or systemd-nspawn.
 
     These engines do not have Docker's API, but the path of a control group
@@ -170,7 +167,7 @@ def read_cgroup_name(record: Record) -> Optional[str]:
         if match and kernel.identify(record.netns) == record.namespace:
             name = ''.join(filter(None, match.groups()))
             name = name.replace('\\x2d', '-')  # escaped by systemd
-            return name if NAME.fullmatch(name) else None
+            return name if model.NAME.fullmatch(name) else None
     return None
 
 
@@ -192,7 +189,7 @@ def list_containers(path: str, proc_dirs: tuple[str, ...]
             raise ValueError('invalid id of a container: %r' % identity[:64])
         names = [*_get_field(each, 'Names', list), identity[:12]]
         name = names[0].lstrip('/') if isinstance(names[0], str) else ''
-        if not name or not NAME.fullmatch(name):
+        if not name or not model.NAME.fullmatch(name):
             continue
         try:
             details = _fetch(path, '/containers/%s/json' % identity)

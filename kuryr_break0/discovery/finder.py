@@ -19,11 +19,11 @@ from typing import Callable, Hashable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0.discovery.binder import Binder
-from kuryr_break0.discovery.ended import EndedNamespaces
+from kuryr_break0.discovery import ended
 from kuryr_break0.discovery.namespace import BURST
 from kuryr_break0.discovery.namespace import LAST
 from kuryr_break0.discovery.namespace import Namespace
-from kuryr_break0.discovery.read_queue import ReadQueue
+from kuryr_break0.discovery import read_queue
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -74,12 +74,12 @@ class Finder:
         self._took_newest = False
         self._namespaces: dict[kernel.Place, Namespace] = {}
         self._numbers: dict[int, Namespace] = {}
-        self._queue = ReadQueue()
+        self._queue = read_queue.ReadQueue()
         #: numbers of namespaces to search for
         self._unknown: set[int] = set()
         #: numbers of namespaces that no search has found
         self._unseen: set[int] = set()
-        self._ended = EndedNamespaces(self._binder, self._queue.pace)
+        self._ended = ended.EndedNamespaces(self._binder, self._queue.pace)
         self._binder.read_records()
         self._interval = options.resync_interval
         #: monotonic time of the next :meth:`mark_all`

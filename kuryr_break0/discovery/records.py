@@ -12,10 +12,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -26,7 +23,7 @@ _CGROUPS = '/proc/self/cgroup'
 _UNIT = 'discovered_by'
 
 
-def make_owner_id(namespace: NamespaceId) -> str:
+def make_owner_id(namespace: model.NamespaceId) -> str:
     """Return a container id for a discovered container."""
     return 'discovered-%d' % (namespace.cookie or namespace.inode)
 
@@ -70,7 +67,7 @@ def is_this_unit(ledger: Ledger) -> bool:
 def unbind_discovered(options: config.Options, ledger: Ledger) -> bool:
     """Unbind all discovered addresses; return whether all were unbound."""
     manager = Break0Manager(options)
-    records: list[Record] = []
+    records: list[model.Record] = []
     is_done = False
     with contextlib.suppress(exceptions.LedgerUnavailable):
         records += find_discovered(ledger)
@@ -87,16 +84,16 @@ def unbind_discovered(options: config.Options, ledger: Ledger) -> bool:
     return is_done
 
 
-def find_discovered(ledger: Ledger) -> Iterable[Record]:
+def find_discovered(ledger: Ledger) -> Iterable[model.Record]:
     """Return the claims that discovery has made.
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """
     return (record for record in find_maintained(ledger)
-            if record.origin is Origin.DISCOVERED)
+            if record.origin is model.Origin.DISCOVERED)
 
 
-def find_maintained(ledger: Ledger) -> Iterator[Record]:
+def find_maintained(ledger: Ledger) -> Iterator[model.Record]:
     """Return the claims that discovery updates and deletes.
 
     Discovery has made these claims, or they were rebuilt. The origin of a
@@ -104,8 +101,8 @@ def find_maintained(ledger: Ledger) -> Iterator[Record]:
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """
-    for claims in ledger.records.find_containing(Origin.DISCOVERED.value,
-                                                 Owner.ADOPTED):
+    for claims in ledger.records.find_containing(model.Origin.DISCOVERED.value,
+                                                 model.Owner.ADOPTED):
         for claim in claims:
-            if claim.origin is Origin.DISCOVERED or claim.is_rebuilt:
+            if claim.origin is model.Origin.DISCOVERED or claim.is_rebuilt:
                 yield claim

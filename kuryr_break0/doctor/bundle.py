@@ -19,7 +19,7 @@ import time
 from typing import Callable
 
 from kuryr_break0 import config
-from kuryr_break0.doctor.redaction import Redactor
+from kuryr_break0.doctor import redaction
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -53,7 +53,7 @@ class Bundle:
 
     def __init__(self, options: config.Options, redact: bool) -> None:
         self._options = options
-        self._redactor = Redactor(self._names()) if redact else None
+        self._redactor = redaction.Redactor(self._names()) if redact else None
         self._size = 0
         self._stem = 'kuryr-break0-%s' % time.strftime('%Y%m%d-%H%M%S')
 

@@ -16,8 +16,8 @@ from kuryr_break0.doctor.node import Node
 from kuryr_break0.engine import problems
 from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import kernel
-from kuryr_break0.model import IPAddress
-from kuryr_break0.policy import Policy
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
 
@@ -44,13 +44,13 @@ def check(node: Node, parent: Parent, netlink: kernel.Netlink,
 
 
 def _check_addresses(node: Node, parent: Parent, lower: kernel.Link,
-                     addresses: Collection[tuple[int, IPAddress]]
+                     addresses: Collection[tuple[int, model.IPAddress]]
                      ) -> Iterator[Finding]:
     """Report missing addresses, and addresses that no sync deletes."""
     texts = [each.text for each in problems.of_device(parent, node.snapshot)
              if each.kind == known.ADDRESSES]
     has = set(parent.addresses)
-    wants = set(Policy(node.options).own_addresses(
+    wants = set(policy.Policy(node.options).own_addresses(
         addresses, lower.index, parent.device))
     # Link-local IPv6 addresses are left out: another finding reports them,
     # and a sync deletes them.
@@ -69,7 +69,7 @@ def _check_addresses(node: Node, parent: Parent, lower: kernel.Link,
 
 
 def _check_addr(node: Node, parent: Parent, netlink: kernel.Netlink,
-                addresses: Collection[tuple[int, IPAddress]],
+                addresses: Collection[tuple[int, model.IPAddress]],
                 ask: bool) -> Iterator[Finding]:
     """Report addresses of [break0] addr that the node no longer has.
 

@@ -15,15 +15,11 @@ from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.findings import merged
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
-from kuryr_break0.doctor.unserved import with_networks
-from kuryr_break0.engine.problems import Problem
+from kuryr_break0.doctor import unserved
+from kuryr_break0.engine import problems
 from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import kernel
-from kuryr_break0.model import address_order
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import of_kind
+from kuryr_break0 import model
 
 #: Files with the names of routing protocols, for ip(8).
 _PROTOCOLS = tuple(directory + '/iproute2/rt_protos' for directory in (
@@ -35,7 +31,7 @@ _SYNC = 'kuryr-break0 sync'
 _OF_FILES = ('ledger-damaged', 'ledger-newer', 'ledger-quarantined')
 
 
-def check(node: Node, all_problems: Iterable[Problem],
+def check(node: Node, all_problems: Iterable[problems.Problem],
           host: Optional[Host] = None) -> Iterator[Finding]:
     """Yield findings for problems: one per kind, or per kind and break0.
 
@@ -43,8 +39,8 @@ def check(node: Node, all_problems: Iterable[Problem],
 
     :param host: builds the commands that change options
     """
-    of_devices: dict[tuple[str, str], list[Problem]] = {}
-    of_addresses: list[tuple[IPAddress, Problem]] = []
+    of_devices: dict[tuple[str, str], list[problems.Problem]] = {}
+    of_addresses: list[tuple[model.IPAddress, problems.Problem]] = []
     for each in sorted(all_problems, key=_by_address):
         if isinstance(each.subject, str):
             of_devices.setdefault((each.kind, each.subject), []).append(each)
@@ -62,7 +58,7 @@ def check(node: Node, all_problems: Iterable[Problem],
         told.update(('route-stale', 'neighbour-stale'))
     outside = [address for address, each in of_addresses
                if each.kind == 'address-not-allowed']
-    allow = host.set(allowed_cidrs=with_networks(
+    allow = host.set(allowed_cidrs=unserved.with_networks(
         outside, node.options)) if host is not None and outside else []
     yield from merged(
         _of_address(node, each, address, node.snapshot.parent_of(address),
@@ -107,10 +103,10 @@ def _of_device(node: Node, kind: str, name: str, parent: Any,
                                severity=ERROR if is_error else None, **fields)
 
 
-def _by_address(problem: Problem) -> tuple[int, ...]:
+def _by_address(problem: problems.Problem) -> tuple[int, ...]:
     """Return a sort key: devices in their order, then addresses."""
     return () if isinstance(problem.subject, str) else (
-        1, *address_order(problem.subject))
+        1, *model.address_order(problem.subject))
 
 
 def _as_part(text: str) -> str:
@@ -118,8 +114,9 @@ def _as_part(text: str) -> str:
     return text[:-1] if text.endswith('.') else text
 
 
-def _of_address(node: Node, problem: Problem, address: IPAddress,
-                parent: Any, allow: list[str]) -> Finding:
+def _of_address(node: Node, problem: problems.Problem,
+                address: model.IPAddress, parent: Any,
+                allow: list[str]) -> Finding:
     """Return the finding for a problem of an address.
 
     :param allow: commands that allow the addresses outside of allowed_cidrs
@@ -141,30 +138,32 @@ def _of_address(node: Node, problem: Problem, address: IPAddress,
 _Details = tuple[str, list[str], dict[str, Any]]
 
 
-def _nothing(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _nothing(node: Node, address: model.IPAddress, parent: Parent) -> _Details:
     return '', [], {'device': parent.device if parent else ''}
 
 
-def _refused(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _refused(node: Node, address: model.IPAddress, parent: Parent) -> _Details:
     return ('the address %s of the pod %s is refused' % (
         address, node.live[address].owner_text)
         if address in node.live else ''), [], {}
 
 
-def _contested(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _contested(node: Node, address: model.IPAddress, parent: Parent
+               ) -> _Details:
     return 'the newest claim on %s is of %s' % (
         address, node.live[address].owner_text), [], {}
 
 
-def _missing(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _missing(node: Node, address: model.IPAddress, parent: Parent) -> _Details:
     return 'no route through %s in table %d' % (
         parent.device, node.options.route_table), [], {}
 
 
-def _wrong(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _wrong(node: Node, address: model.IPAddress, parent: Parent) -> _Details:
     actual = parent.routes[address]
-    desired = next(route for route in of_kind(HostRoute, parent.plan.set)
-                   if route.dst == address)
+    desired = next(
+        route for route in model.of_kind(model.HostRoute, parent.plan.set)
+        if route.dst == address)
     return 'the route of %s has %s' % (address, ', '.join(
         '%s %s, not %s' % each for each in (
             ('the interface', kernel.format_ifname(actual.oif),
@@ -176,7 +175,7 @@ def _wrong(node: Node, address: IPAddress, parent: Parent) -> _Details:
         or 'another scope, an MTU or an encapsulation'), [], {}
 
 
-def _foreign(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _foreign(node: Node, address: model.IPAddress, parent: Parent) -> _Details:
     """Return the commands that delete only the foreign route, and sync."""
     route = next(each for each in parent.plan.foreign if each.dst == address)
     protocol = _protocol(route.protocol)
@@ -198,9 +197,11 @@ def _protocol(number: int) -> str:
     return str(number)
 
 
-def _neighbour(node: Node, address: IPAddress, parent: Parent) -> _Details:
-    desired = next(each.mac for each in of_kind(Neighbour, parent.plan.set)
-                   if each.dst == address)
+def _neighbour(node: Node, address: model.IPAddress, parent: Parent
+               ) -> _Details:
+    desired = next(
+        each.mac for each in model.of_kind(model.Neighbour, parent.plan.set)
+        if each.dst == address)
     return 'the neighbour %s on %s has the MAC address %s and the protocol ' \
         '%s, but must have %s and %d' % (
             address, parent.device, parent.neighbours[address].mac,
@@ -208,21 +209,22 @@ def _neighbour(node: Node, address: IPAddress, parent: Parent) -> _Details:
             node.options.route_protocol), [], {}
 
 
-def _not_used(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _not_used(node: Node, address: model.IPAddress, parent: Parent
+              ) -> _Details:
     return '', [], {'get': parent.astray[address][1], 'address': address,
                     'family': '-%d' % address.version}
 
 
-def _apart(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _apart(node: Node, address: model.IPAddress, parent: Parent) -> _Details:
     command = _in_pod(node, address)('ip link set %s type macvlan mode bridge')
     return '', [command], {}
 
 
-def _down(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _down(node: Node, address: model.IPAddress, parent: Parent) -> _Details:
     return '', [_in_pod(node, address)('ip link set %s up'), _SYNC], {}
 
 
-def _address_missing(node: Node, address: IPAddress, parent: Parent
+def _address_missing(node: Node, address: model.IPAddress, parent: Parent
                      ) -> _Details:
     record = node.live[address]
     length = next((subnet.prefixlen for subnet in record.subnets
@@ -231,22 +233,22 @@ def _address_missing(node: Node, address: IPAddress, parent: Parent
                        length, record.owner.ifname)], {}
 
 
-def _mac(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _mac(node: Node, address: model.IPAddress, parent: Parent) -> _Details:
     return '', [_in_pod(node, address)('ip link set %s address %s', str(
         node.live[address].mac)), _SYNC], {}
 
 
-def _in_pod(node: Node, address: IPAddress) -> Callable[..., str]:
+def _in_pod(node: Node, address: model.IPAddress) -> Callable[..., str]:
     record = node.live[address]
     return lambda command, *names: inside(
         record.netns, command, record.owner.ifname, *names)
 
 
-def _sync(node: Node, address: IPAddress, parent: Parent) -> _Details:
+def _sync(node: Node, address: model.IPAddress, parent: Parent) -> _Details:
     return '', [_SYNC], {}
 
 
-_DETAILS: dict[str, Callable[[Node, IPAddress, Parent], _Details]] = {
+_DETAILS: dict[str, Callable[[Node, model.IPAddress, Parent], _Details]] = {
     'address-not-allowed': _refused, 'address-refused': _refused,
     'address-contested': _contested, 'route-missing': _missing,
     'route-wrong': _wrong, 'route-foreign': _foreign,

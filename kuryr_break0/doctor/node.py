@@ -11,8 +11,7 @@ from kuryr_break0.engine import actual
 from kuryr_break0.engine import snapshot
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 _T = TypeVar('_T')
 #: Iterates over a sequence, and may show the progress.
@@ -46,7 +45,7 @@ class Node:
         self.live = self.snapshot.live
         self.useless: set[object] = set()
         self.lock_free = True
-        self.changing: set[IPAddress] = set()
+        self.changing: set[model.IPAddress] = set()
         self.refresh()
 
     def refresh(self) -> None:
@@ -63,13 +62,14 @@ class Node:
             if _without_pod_side(before.get(address, ()))
             != _without_pod_side(after.get(address, ()))}
 
-    def settled(self, addresses: Iterable[IPAddress]) -> list[IPAddress]:
+    def settled(self, addresses: Iterable[model.IPAddress]
+                ) -> list[model.IPAddress]:
         """Return the addresses that are not being changed, in their order."""
         return [address for address in addresses
                 if address not in self.changing]
 
     def pods(self, parent: Optional[snapshot.Parent] = None
-             ) -> list[list[Record]]:
+             ) -> list[list[model.Record]]:
         """Return the records of each pod that is not being changed."""
         live = self.live if parent is None else parent.live
         return snapshot.by_interface(
@@ -95,7 +95,7 @@ def largest_sysctl(path: str, *devices: Optional[str]) -> int:
                for device in devices if device is not None)
 
 
-def _without_pod_side(claims: Iterable[Record]) -> list[object]:
+def _without_pod_side(claims: Iterable[model.Record]) -> list[object]:
     # The pod side is left out: it is recorded after the bind, and no check
     # compares it.
     return [(claim.owner, claim.mac, claim.bound_at) for claim in claims]

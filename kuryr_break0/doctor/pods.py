@@ -17,8 +17,7 @@ from kuryr_break0.engine import problems
 from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 #: Seconds after which an ADD or DEL that has changed a pod has ended.
 _SETTLED = 1.0
@@ -27,7 +26,7 @@ _SETTLED = 1.0
 def check_asking(node: Node, parent: Parent) -> Iterator[Finding]:
     """Report pods that ask for the node's MAC address and get no answer."""
     records = [parent.live[address] for address in node.settled(parent.live)]
-    asking: list[IPAddress] = [
+    asking: list[model.IPAddress] = [
         record.address for record in records
         if record.netns is None and record.address.version == 6]
     if asking and not Guard(node.options, node.ledger, parent.device).answers:
@@ -46,13 +45,13 @@ def check_asking(node: Node, parent: Parent) -> Iterator[Finding]:
             return
 
 
-def enterable(node: Node, parent: Parent) -> list[list[Record]]:
+def enterable(node: Node, parent: Parent) -> list[list[model.Record]]:
     """Return each pod's records, if namespace and node addresses are known."""
     return [records for records in node.pods(parent)
             if records[0].netns is not None and parent.node is not None]
 
 
-def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
+def check_inside(node: Node, parent: Parent, pods: Sequence[list[model.Record]]
                  ) -> Iterator[Finding]:
     """Examine the namespaces of pods, and change nothing there.
 
@@ -75,7 +74,8 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
     yield from merged(findings)
 
 
-def _check_pod(node: Node, records: Sequence[Record]) -> Iterator[Finding]:
+def _check_pod(node: Node, records: Sequence[model.Record]
+               ) -> Iterator[Finding]:
     try:
         # Kuryr adds the addresses after the driver has bound them.
         yield from known.check(node, problems.of_pod(

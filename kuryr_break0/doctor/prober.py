@@ -9,9 +9,7 @@ from typing import Optional
 
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import probes
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import NodeAddresses
+from kuryr_break0 import model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Probe:
     """
 
     is_to_pod: bool
-    to: IPAddress
+    to: model.IPAddress
     path: Optional[kernel.Path]
     mac: Optional[str]
     state: Optional[str]
@@ -59,9 +57,9 @@ class Prober:
     timeout: float
     port: Optional[int] = None
 
-    def from_pod(self, address: IPAddress, netns: str,
-                 namespace: Optional[NamespaceId],
-                 node: NodeAddresses) -> list[Probe]:
+    def from_pod(self, address: model.IPAddress, netns: str,
+                 namespace: Optional[model.NamespaceId],
+                 node: model.NodeAddresses) -> list[Probe]:
         """Probe each node address of one version of IP from a pod.
 
         :param address: an address of the pod, with the same version of IP
@@ -73,7 +71,7 @@ class Prober:
                     for host in node.addresses
                     if host.version == address.version]
 
-    def probe(self, to: IPAddress, device: Optional[str],
+    def probe(self, to: model.IPAddress, device: Optional[str],
               mac: Optional[str]) -> Probe:
         """Probe from the namespace of this thread.
 

@@ -30,8 +30,7 @@ from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import probes
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 _T = TypeVar('_T')
 #: Seconds to wait for an answer, and the number of silent pods after which
@@ -63,14 +62,14 @@ class Pings:
         self._node = node
         self._parent = parent
         self.pinged = 0
-        self.silent: list[IPAddress] = []
+        self.silent: list[model.IPAddress] = []
 
-    def check(self, records: Sequence[Record]) -> Iterator[Finding]:
+    def check(self, records: Sequence[model.Record]) -> Iterator[Finding]:
         """Ping the addresses of pods, and report lost pings.
 
         :raises NotPermitted: without CAP_NET_RAW
         """
-        silent: dict[Record, Probe] = {}
+        silent: dict[model.Record, Probe] = {}
         for record in self._node.over(records):
             self.pinged += 1
             silent.update(self._unanswered(record))
@@ -95,7 +94,7 @@ class Pings:
             map(self._rewritten, {record.address.version: record
                                   for record in answering}.values())), 1)
 
-    def _unanswered(self, record: Record) -> dict[Record, Probe]:
+    def _unanswered(self, record: model.Record) -> dict[model.Record, Probe]:
         """Return an unanswered probe of a record, by record; empty if none.
 
         If several probes are unanswered, a misrouted probe is preferred,
@@ -116,7 +115,7 @@ class Pings:
         return {record: max(silent, key=lambda probe: probe.misrouted)
                 } if silent else {}
 
-    def _traced(self, record: Record,
+    def _traced(self, record: model.Record,
                 send: Callable[[], object]) -> trace.Trace:
         """Call a function, and return the trace of its packets.
 
@@ -129,7 +128,7 @@ class Pings:
             return traced
         return trace.Trace(is_complete=False)
 
-    def _explained(self, record: Record, probe: Probe) -> Finding:
+    def _explained(self, record: model.Record, probe: Probe) -> Finding:
         kind, reason, commands = self._why(record, probe)
         return KINDS[kind].finding(
             'a ping %s is not answered%s' % (
@@ -140,7 +139,7 @@ class Pings:
             self.silent, commands, address=record.address,
             severity=ERROR if kind == 'source-rewritten' else None)
 
-    def _why(self, record: Record, probe: Probe
+    def _why(self, record: model.Record, probe: Probe
              ) -> tuple[str, str, Sequence[str]]:
         """Return the id of the finding, the cause, and commands.
 
@@ -184,7 +183,7 @@ class Pings:
             'nft could not trace the packets'), ()
 
     @staticmethod
-    def _serves(record: Record, to: IPAddress) -> bool:
+    def _serves(record: model.Record, to: model.IPAddress) -> bool:
         """Return whether the pod can connect to a service of the node.
 
         If the pod can connect, the firewall may drop pings on purpose.
@@ -194,7 +193,7 @@ class Pings:
             probes.connect(to, port, 1, _TIMEOUT) != [None]
             for port in ports)))
 
-    def _astray(self, record: Record, probe: Probe) -> Optional[str]:
+    def _astray(self, record: model.Record, probe: Probe) -> Optional[str]:
         """Return the wrong outgoing interface of the request or reply.
 
         :returns: a sentence; None if no wrong interface was found
@@ -222,7 +221,7 @@ class Pings:
                 who, source, leaves, expected))
 
     @staticmethod
-    def _ignoring(record: Record, is_to_pod: bool
+    def _ignoring(record: model.Record, is_to_pod: bool
                   ) -> Optional[tuple[str, Sequence[str]]]:
         """Return the sysctl that ignores pings, and a command to reset it.
 
@@ -237,12 +236,13 @@ class Pings:
         return ('%s of the %s is 1' % (path, who), [command]
                 ) if value else None
 
-    def _restricted(self, records: Sequence[Record]) -> Iterator[Finding]:
+    def _restricted(self, records: Sequence[model.Record]
+                    ) -> Iterator[Finding]:
         """Report a firewall that accepts pings but drops connections."""
         hosts = {each.version: each for each in reversed(
             self._parent.node.addresses if self._parent.node else ())}
 
-        def is_lost(record: Record) -> bool:
+        def is_lost(record: model.Record) -> bool:
             to = hosts.get(record.address.version)
             return to is not None and [None] == _asked(
                 record, lambda: probes.connect(to, _PORT, 1, _CONNECTED))
@@ -259,7 +259,7 @@ class Pings:
                         '; '.join(dropped)),
                     commands=list(filter(None, dropped.values())))
 
-    def _rewritten(self, record: Record) -> Iterator[Finding]:
+    def _rewritten(self, record: model.Record) -> Iterator[Finding]:
         """Report a changed source address, or a missing masquerade rule."""
         device = self._parent.device
         with kernel.Netlink() as netlink:
@@ -296,7 +296,7 @@ def _but_by_guard(traced: trace.Trace) -> dict[str, str]:
             if ' %s-' % guard.PREFIX not in text}
 
 
-def _asked(record: Record, ask: Callable[[], _T]) -> Optional[_T]:
+def _asked(record: model.Record, ask: Callable[[], _T]) -> Optional[_T]:
     """Call a function in the namespace of a pod.
 
     :returns: the result; None if the namespace cannot be entered, or the
@@ -318,7 +318,7 @@ def _listening() -> Iterator[int]:
                     yield int(fields[1].rpartition(':')[2], 16)
 
 
-def _read_source(record: Record) -> Optional[str]:
+def _read_source(record: model.Record) -> Optional[str]:
     """Send a datagram to a pod; return the source that the pod sees."""
     family = (socket.AF_INET if record.address.version == 4
               else socket.AF_INET6)

@@ -21,8 +21,7 @@ from kuryr_break0.break0 import guard
 from kuryr_break0.doctor import firewall
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 _TABLE = 'break0-trace'
 _MARK = '''\
@@ -67,7 +66,7 @@ class Place(NamedTuple):
     is_node: bool = False
 
 
-def places(device: str, record: Optional[Record]) -> list[Place]:
+def places(device: str, record: Optional[model.Record]) -> list[Place]:
     """Return the namespace of the node, and the pod's if it is recorded.
 
     :param device: the break0 that leads to the pod
@@ -127,7 +126,7 @@ class Trace:
             each.startswith('from'),
             each.startswith('from') is ('on the node' in each)))) or 'nowhere'
 
-    def read(self, place: Place, address: IPAddress, text: str) -> None:
+    def read(self, place: Place, address: model.IPAddress, text: str) -> None:
         """Add the output of ``nft monitor trace``."""
         to_pod: set[str] = set()
         for match in filter(None, map(_LINE.match, text.splitlines())):
@@ -167,7 +166,7 @@ class Trace:
 
 
 @contextlib.contextmanager
-def traced(address: IPAddress, places: list[Place]) -> Iterator[Trace]:
+def traced(address: model.IPAddress, places: list[Place]) -> Iterator[Trace]:
     """Trace packets to and from an address during a ``with`` block.
 
     :raises CannotTrace: if neither nft nor iptables is installed, or if nft
@@ -187,7 +186,7 @@ def traced(address: IPAddress, places: list[Place]) -> Iterator[Trace]:
 
 
 @contextlib.contextmanager
-def _counted_at(place: Place, address: IPAddress,
+def _counted_at(place: Place, address: model.IPAddress,
                 trace: Trace) -> Iterator[None]:
     with place.entered():
         before = firewall.counters(address.version)
@@ -199,7 +198,7 @@ def _counted_at(place: Place, address: IPAddress,
 
 
 @contextlib.contextmanager
-def _traced_at(nft: str, place: Place, address: IPAddress,
+def _traced_at(nft: str, place: Place, address: model.IPAddress,
                trace: Trace) -> Iterator[None]:
     rules = _RULES.format(table=_TABLE, device=place.device, mark=_MARK.format(
         address=address, family='ip' if address.version == 4 else 'ip6'))

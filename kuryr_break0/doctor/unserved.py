@@ -15,26 +15,22 @@ from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.engine import actual
 from kuryr_break0.engine import containers
-from kuryr_break0.engine.containers import Reason
-from kuryr_break0.engine.containers import Unserved
 from kuryr_break0 import kernel
-from kuryr_break0.model import address_order
-from kuryr_break0.model import explain_non_host
-from kuryr_break0.model import IPAddress
+from kuryr_break0 import model
 
 #: Maximum seconds that the agent needs to bind a new container.
 _SETTLED = 1.0
 _KINDS = {
-    Reason.MODE: 'container-mode',
-    Reason.OTHER_PARENT: 'container-other-parent',
-    Reason.NOT_ALLOWED: 'container-not-allowed',
-    Reason.DUPLICATE: 'container-refused',
-    Reason.REFUSED: 'container-refused',
-    Reason.CLAIMED: 'address-twice',
-    Reason.NOT_DISCOVERED: 'container-not-discovered',
-    Reason.TENTATIVE: 'container-pending',
-    Reason.NO_ADDRESS: 'container-pending',
-    Reason.PENDING: 'container-pending'}
+    containers.Reason.MODE: 'container-mode',
+    containers.Reason.OTHER_PARENT: 'container-other-parent',
+    containers.Reason.NOT_ALLOWED: 'container-not-allowed',
+    containers.Reason.DUPLICATE: 'container-refused',
+    containers.Reason.REFUSED: 'container-refused',
+    containers.Reason.CLAIMED: 'address-twice',
+    containers.Reason.NOT_DISCOVERED: 'container-not-discovered',
+    containers.Reason.TENTATIVE: 'container-pending',
+    containers.Reason.NO_ADDRESS: 'container-pending',
+    containers.Reason.PENDING: 'container-pending'}
 
 
 def check(node: Node, netlink: kernel.Netlink, host: Host
@@ -59,7 +55,7 @@ def check(node: Node, netlink: kernel.Netlink, host: Host
                 commands=_commands(kind, some, node.options, host))
 
 
-def _commands(kind: str, unserved: Sequence[Unserved],
+def _commands(kind: str, unserved: Sequence[containers.Unserved],
               options: config.Options, host: Host) -> list[str]:
     if kind == 'container-mode':
         return list(dict.fromkeys(
@@ -75,7 +71,7 @@ def _commands(kind: str, unserved: Sequence[Unserved],
     if kind == 'container-not-allowed':
         # No option allows an address that is not the address of one host.
         unserved = [each for each in unserved if each.address is not None
-                    and explain_non_host(each.address) is None]
+                    and model.explain_non_host(each.address) is None]
         return host.set(allowed_cidrs=with_networks(
             _addresses(unserved), options)) if unserved else []
     if kind == 'container-not-discovered':
@@ -88,13 +84,14 @@ def _commands(kind: str, unserved: Sequence[Unserved],
     return []
 
 
-def _addresses(unserved: Sequence[Unserved]) -> list[IPAddress]:
+def _addresses(unserved: Sequence[containers.Unserved]
+               ) -> list[model.IPAddress]:
     return [each.address for each in unserved if each.address is not None]
 
 
-def with_networks(addresses: Iterable[IPAddress],
+def with_networks(addresses: Iterable[model.IPAddress],
                   options: config.Options) -> str:
     """Return a value of allowed_cidrs that also allows these addresses."""
     new = {*map(containers.network_of, addresses)} - {*options.allowed_cidrs}
     return ','.join(map(str, (*options.allowed_cidrs, *sorted(
-        new, key=lambda each: address_order(each.network_address)))))
+        new, key=lambda each: model.address_order(each.network_address)))))

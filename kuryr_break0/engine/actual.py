@@ -24,16 +24,8 @@ from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import ownership
 from kuryr_break0.ledger.identity import read_boot_id
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.model import Entry
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import of_kind
-from kuryr_break0.model import Pair
-from kuryr_break0.model import Record
-from kuryr_break0.policy import Facts
-from kuryr_break0.policy import Policy
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 #: Seconds to wait for a bind or unbind to end.
 PATIENCE = 1.0
@@ -59,7 +51,7 @@ class _Reading:
     def __init__(self, options: config.Options, ledger: Ledger,
                  netlink: kernel.Netlink, ways: bool) -> None:
         self._options = options
-        self._policy = Policy(options)
+        self._policy = policy.Policy(options)
         self._ledger = ledger
         self._netlink = netlink
         self._identity = None
@@ -76,7 +68,7 @@ class _Reading:
         self._routes = netlink.routes(indexes)
         self._neighbours = {0: [], **{index: netlink.neighbours(index)
                                       for index in indexes}}
-        self._facts = Facts(
+        self._facts = policy.Facts(
             frozenset(address for _, address in self._addresses),
             self._routes.broadcast, self._routes.next_hops,
             self._routes.left_out, frozenset(ledger.list_recent_next_hops()))
@@ -90,7 +82,7 @@ class _Reading:
         return self._links[name]
 
     def _find_astray(self, devices: Mapping[int, int]
-                     ) -> Iterator[tuple[IPAddress, tuple[str, str]]]:
+                     ) -> Iterator[tuple[model.IPAddress, tuple[str, str]]]:
         """Find addresses that the kernel does not reach by our route.
 
         With the default routing rules, only addresses in table local and
@@ -136,13 +128,13 @@ class _Reading:
 
     def snapshot(self, contents: Contents, is_steady: bool) -> Snapshot:
         self._contents = contents
-        self._live: dict[IPAddress, Record] = {}
-        self._rivals: dict[IPAddress, tuple[Record, ...]] = {}
-        self._gone: list[Record] = []
-        self._unjudged: dict[Record, str] = {}
+        self._live: dict[model.IPAddress, model.Record] = {}
+        self._rivals: dict[model.IPAddress, tuple[model.Record, ...]] = {}
+        self._gone: list[model.Record] = []
+        self._unjudged: dict[model.Record, str] = {}
         self._sort_claims()
         self._require_node()
-        self._refused: dict[IPAddress, str] = {}
+        self._refused: dict[model.IPAddress, str] = {}
         for address, record in self._live.items():
             reason = self._policy.refusal(address, record.origin, self._facts)
             if reason is not None:
@@ -177,7 +169,7 @@ class _Reading:
         judge = kernel.Judge()
         verdicts: dict[Any, kernel.Verdict] = {}
         for address, claims in self._contents.claims.items():
-            living: list[Record] = []
+            living: list[model.Record] = []
             for claim in claims:
                 key = claim.place
                 if key not in verdicts:
@@ -197,7 +189,7 @@ class _Reading:
 
     def _parents(self) -> Iterator[tuple[str, Parent]]:
         options = self._options
-        used: dict[str, dict[IPAddress, Record]] = {}
+        used: dict[str, dict[model.IPAddress, model.Record]] = {}
         for address, record in self._live.items():
             used.setdefault(record.parent, {})[address] = record
         names = devices.Names(options, self._identity, self._link,
@@ -217,7 +209,7 @@ class _Reading:
                 yield name, parent
 
     def _parent(self, name: str, device_name: str,
-                live: dict[IPAddress, Record]) -> Parent:
+                live: dict[model.IPAddress, model.Record]) -> Parent:
         options, identity = self._options, self._identity
         made = device.Device(options, device_name, name, identity)
         parent, link = self._link(name), self._link(device_name)
@@ -246,7 +238,7 @@ class _Reading:
         desired = {} if conflict is not None and parent is not None else (
             self._desired(device_name, index, live))
         guard: Optional[str] = None
-        entries: Optional[set[Pair]] = None
+        entries: Optional[set[model.Pair]] = None
         differences: tuple[tuple[str, str], ...] = ()
         node = None
         if usable is not None and parent is not None:
@@ -258,9 +250,9 @@ class _Reading:
             node = self._policy.node_addresses(
                 self._addresses, parent.index,
                 {route.src for some in desired.values()
-                 for route in of_kind(HostRoute, some)},
+                 for route in model.of_kind(model.HostRoute, some)},
                 usable.mac, usable.name)
-        items: dict[IPAddress, tuple[Item, ...]] = {**desired}
+        items: dict[model.IPAddress, tuple[model.Item, ...]] = {**desired}
         # By now, another pod may have the recorded MAC address of a sibling.
         admitted = [] if entries is None else [
             dataclasses.replace(record, siblings=()) if record.siblings
@@ -299,7 +291,7 @@ class _Reading:
                     parent, name)
 
     def _guard(self, link: kernel.Link, parent: kernel.Link
-               ) -> tuple[Optional[str], Optional[set[Pair]]]:
+               ) -> tuple[Optional[str], Optional[set[model.Pair]]]:
         """Return the problem and the entries of a guard.
 
         :returns: the problem, None if there is none; and the entries, None if
@@ -312,11 +304,11 @@ class _Reading:
         return problem, guard.entries() if is_there else None
 
     def _desired(self, device_name: str, index: int,
-                 live: Mapping[IPAddress, Record]
-                 ) -> dict[IPAddress, tuple[Entry, ...]]:
+                 live: Mapping[model.IPAddress, model.Record]
+                 ) -> dict[model.IPAddress, tuple[model.Entry, ...]]:
         desired = {}
         # The node uses the same source for all addresses of a subnet.
-        sources: dict[Any, Optional[IPAddress]] = {}
+        sources: dict[Any, Optional[model.IPAddress]] = {}
         for address, record in live.items():
             if address in self._refused or not (
                     index == 0 or self._policy.has_family(address,
@@ -331,8 +323,8 @@ class _Reading:
             desired[address] = self._policy.items(record, index, src)
         return desired
 
-    def _withdrawn(self, parent: str, neighbours: Collection[Neighbour]
-                   ) -> set[IPAddress]:
+    def _withdrawn(self, parent: str, neighbours: Collection[model.Neighbour]
+                   ) -> set[model.IPAddress]:
         """Return the addresses that must not have items on a parent.
 
         These are refused addresses, addresses with a living claim on another
@@ -342,7 +334,7 @@ class _Reading:
         """
         withdrawn = {address for address, record in self._live.items()
                      if record.parent != parent}.union(self._refused)
-        gone: dict[IPAddress, list[Record]] = {}
+        gone: dict[model.IPAddress, list[model.Record]] = {}
         for record in self._gone:
             if record.address not in self._live:
                 gone.setdefault(record.address, []).append(record)

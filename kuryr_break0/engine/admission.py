@@ -17,13 +17,8 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import MAC
-from kuryr_break0.model import NAME
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.policy import Facts
-from kuryr_break0.policy import Policy
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
@@ -38,12 +33,12 @@ class Admission:
     def __init__(self, options: config.Options, ledger: Ledger,
                  devices: Devices) -> None:
         self._options = options
-        self._policy = Policy(options)
+        self._policy = policy.Policy(options)
         self._ledger = ledger
         self._devices = devices
 
-    def refusal(self, address: IPAddress, parent: str,
-                origin: Optional[Origin]) -> Optional[str]:
+    def refusal(self, address: model.IPAddress, parent: str,
+                origin: Optional[model.Origin]) -> Optional[str]:
         """Return the reason why a bind refuses an address, or None.
 
         If the facts about the address cannot be read, the address is bound. A
@@ -60,13 +55,13 @@ class Admission:
             return None
         return self._policy.refusal(address, origin, facts)
 
-    def _facts(self, address: IPAddress, parent: str) -> Facts:
+    def _facts(self, address: model.IPAddress, parent: str) -> policy.Facts:
         """Look up the facts about one address."""
-        own: set[IPAddress] = set()
+        own: set[model.IPAddress] = set()
         try:
             own.update(filter(None, [kernel.find_source(address)]))
         except PermissionError:
-            return Facts(no_hosts=(address,))
+            return policy.Facts(no_hosts=(address,))
         # A look-up in a VRF needs a socket that is bound to an interface of
         # the VRF. Before Linux 5.7, SO_BINDTODEVICE needs CAP_NET_RAW.
         with contextlib.suppress(PermissionError):
@@ -84,15 +79,15 @@ class Admission:
         # through break0 grows with the number of pods.
         through_break0 = cache.get('through_break0') or ()
         text = str(address)
-        return Facts(
+        return policy.Facts(
             own, (), (address,) if text in next_hops else (),
             (address,) if text in through_break0 else (),
             self._ledger.list_recent_next_hops())
 
 
-def validate(owner: Owner, addresses: list[IPAddress], parent: str,
+def validate(owner: model.Owner, addresses: list[model.IPAddress], parent: str,
              mac: Optional[str], netns: Optional[str], pod: Optional[str]
-             ) -> tuple[list[IPAddress], Optional[str]]:
+             ) -> tuple[list[model.IPAddress], Optional[str]]:
     """Validate the arguments of a bind.
 
     The arguments come from a KuryrPort, a container engine or a user, and can
@@ -107,12 +102,12 @@ def validate(owner: Owner, addresses: list[IPAddress], parent: str,
                        ('interface', owner.ifname), ('parent', parent),
                        ('namespace path', netns), ('pod', pod)):
         if text is not None and not (isinstance(text, str)
-                                     and NAME.fullmatch(text)):
+                                     and model.NAME.fullmatch(text)):
             reason = ('its %s has control characters or more than 512 '
                       'characters' % what)
     if mac is not None:
         mac = mac.lower()
-        if not MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
+        if not model.MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
             reason = '%r is not a unicast MAC address' % mac[:64]
     if len(addresses) > MAX_ADDRESSES:
         reason = 'it has %d addresses, and %d are allowed' % (

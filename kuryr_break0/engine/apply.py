@@ -20,13 +20,7 @@ from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0 import log
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import of_kind
-from kuryr_break0.model import Pair
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -42,10 +36,10 @@ class Work(NamedTuple):
         not replaced
     """
 
-    address: IPAddress
-    set: tuple[Item, ...] = ()
-    unset: tuple[Item, ...] = ()
-    claim: Optional[Record] = None
+    address: model.IPAddress
+    set: tuple[model.Item, ...] = ()
+    unset: tuple[model.Item, ...] = ()
+    claim: Optional[model.Record] = None
     is_new: bool = False
 
 
@@ -60,8 +54,8 @@ class Applied(NamedTuple):
     """
 
     works: Collection[Work]
-    items: set[Item]
-    errors: dict[IPAddress, exceptions.KernelRefused]
+    items: set[model.Item]
+    errors: dict[model.IPAddress, exceptions.KernelRefused]
     guard_error: Optional[exceptions.Break0Error]
 
     @property
@@ -80,8 +74,10 @@ def apply(netlink: kernel.Netlink, guard: Guard,
     :param guard: the guard of the break0 that has the items
     """
     applied = Applied(works, set(), {}, None)
-    added = [pair for work in works for pair in of_kind(Pair, work.set)]
-    deleted = [pair for work in works for pair in of_kind(Pair, work.unset)]
+    added = [pair for work in works
+             for pair in model.of_kind(model.Pair, work.set)]
+    deleted = [pair for work in works
+               for pair in model.of_kind(model.Pair, work.unset)]
     try:
         if guard.change(added, deleted):
             applied.items.update(added, deleted)
@@ -100,13 +96,13 @@ def apply(netlink: kernel.Netlink, guard: Guard,
 
 def _changes(work: Work) -> Iterator[kernel.Change]:
     """Return the changes of routes and neighbours, in the order to apply."""
-    for neighbour in of_kind(Neighbour, work.set):
+    for neighbour in model.of_kind(model.Neighbour, work.set):
         yield Verb.REPLACE, neighbour
-    for route in of_kind(HostRoute, work.set):
+    for route in model.of_kind(model.HostRoute, work.set):
         yield Verb.ADD if work.is_new else Verb.REPLACE, route
-    for route in of_kind(HostRoute, work.unset):
+    for route in model.of_kind(model.HostRoute, work.unset):
         yield Verb.DELETE, route
-    for neighbour in of_kind(Neighbour, work.unset):
+    for neighbour in model.of_kind(model.Neighbour, work.unset):
         yield Verb.DELETE, neighbour
 
 
@@ -119,9 +115,10 @@ def log_repairs(device: str, applied: Applied, journal: Journal) -> None:
     repaired: collections.Counter[Done] = collections.Counter()
     for work in applied.works:
         changed = [('Set' if item in work.set else 'Deleted',
-                    isinstance(item, HostRoute))
+                    isinstance(item, model.HostRoute))
                    for item in (*work.set, *work.unset)
-                   if item in applied.items and not isinstance(item, Pair)]
+                   if item in applied.items
+                   and not isinstance(item, model.Pair)]
         has_route = any(is_route for _, is_route in changed)
         for verb, is_route in changed:
             if is_route or not has_route:

@@ -16,16 +16,12 @@ from typing import Collection, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0.engine.plan import is_others
-from kuryr_break0.engine.problems import foreign_text
+from kuryr_break0.engine import problems
 from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import IPNetwork
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 from kuryr_break0 import policy
-from kuryr_break0.policy import Policy
 
 
 class Reason(enum.Enum):
@@ -67,7 +63,7 @@ class Unserved:
 
     macvlan: kernel.Macvlan
     name: Optional[str]
-    address: Optional[IPAddress]
+    address: Optional[model.IPAddress]
     reason: Reason
     text: str
 
@@ -126,7 +122,7 @@ def blindness() -> str:
         'containers that are not bound: this process lacks CAP_SYS_ADMIN')
 
 
-def network_of(address: IPAddress) -> IPNetwork:
+def network_of(address: model.IPAddress) -> model.IPNetwork:
     """Return the network of an address, by the routes of the node.
 
     If the best route to the address is a default route or a host route, or if
@@ -148,7 +144,7 @@ class _Judge:
     def __init__(self, snapshot: Snapshot, ledger: Ledger) -> None:
         self._snapshot = snapshot
         self._options = snapshot.options
-        self._policy = Policy(snapshot.options)
+        self._policy = policy.Policy(snapshot.options)
         self._is_attended = ledger.heartbeat.age() is not None
         self._names = {claim.namespace: claim.pod for claims
                        in snapshot.contents.claims.values() for claim in claims
@@ -185,9 +181,9 @@ class _Judge:
             yield Unserved(macvlan, name, None, *(of_all or (
                 Reason.NO_ADDRESS, 'it has no address yet')))
 
-    def _of_address(self, macvlan: kernel.Macvlan, address: IPAddress,
-                    claims: Collection[Record]) -> tuple[Reason, str]:
-        reason = self._policy.refusal(address, Origin.DISCOVERED,
+    def _of_address(self, macvlan: kernel.Macvlan, address: model.IPAddress,
+                    claims: Collection[model.Record]) -> tuple[Reason, str]:
+        reason = self._policy.refusal(address, model.Origin.DISCOVERED,
                                       self._snapshot.facts)
         if reason is not None:
             return (Reason.NOT_ALLOWED if self._policy.refusal(address)
@@ -200,7 +196,7 @@ class _Judge:
                                       'ended yet')
         route = self._foreign.get(address)
         if route is not None:
-            return Reason.REFUSED, foreign_text(route)
+            return Reason.REFUSED, problems.foreign_text(route)
         living = [claim for claim in claims
                   if claim not in self._snapshot.gone]
         if living:
@@ -219,7 +215,7 @@ class _Judge:
                                 'of the agent')
 
 
-def _is_of(claim: Record, macvlan: kernel.Macvlan) -> bool:
+def _is_of(claim: model.Record, macvlan: kernel.Macvlan) -> bool:
     if claim.namespace is None:
         return claim.mac in (None, macvlan.link.mac)
     return claim.namespace.is_same(macvlan.namespace)

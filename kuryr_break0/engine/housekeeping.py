@@ -13,8 +13,8 @@ from typing import Callable
 
 from kuryr_break0 import config
 from kuryr_break0.engine import transaction
-from kuryr_break0.engine.transitions import Engine
-from kuryr_break0.failures import Failures
+from kuryr_break0.engine import transitions
+from kuryr_break0 import failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
@@ -32,7 +32,8 @@ class Housekeeping:
     :param sync: a function that reconciles the whole node
     """
 
-    def __init__(self, options: config.Options, ledger: Ledger, engine: Engine,
+    def __init__(self, options: config.Options, ledger: Ledger,
+                 engine: transitions.Engine,
                  sync: Callable[[], object]) -> None:
         self._options = options
         self._ledger = ledger
@@ -50,14 +51,14 @@ class Housekeeping:
         age = self._ledger.heartbeat.age()
         if age is not None and age <= self._options.patience:
             return
-        failure = Failures()
+        failure = failures.Failures()
         with failure.collect():
             self._prune(failure)
         with failure.collect():
             self._repair()
         failure.raise_first()
 
-    def _prune(self, failure: Failures) -> None:
+    def _prune(self, failure: failures.Failures) -> None:
         """Examine EXAMINED addresses, and drop claims of ended sandboxes.
 
         The next run continues after the last examined address.

@@ -13,15 +13,7 @@ import dataclasses
 from typing import Any, Collection, Container, Iterable, Mapping, Optional
 
 from kuryr_break0 import exceptions
-from kuryr_break0.model import address_order
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import of_kind
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Pair
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +28,10 @@ class Plan:
     :ivar unclaimed: our items without a record
     """
 
-    set: tuple[Item, ...] = ()
-    unset: tuple[Item, ...] = ()
-    foreign: tuple[HostRoute, ...] = ()
-    unclaimed: tuple[Item, ...] = ()
+    set: tuple[model.Item, ...] = ()
+    unset: tuple[model.Item, ...] = ()
+    foreign: tuple[model.HostRoute, ...] = ()
+    unclaimed: tuple[model.Item, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.set or self.unset)
@@ -64,13 +56,17 @@ class Outcome(Plan):
     """
 
     devices: tuple[tuple[str, str], ...] = ()
-    pods: tuple[Owner, ...] = ()
-    released: Mapping[Record, str] = dataclasses.field(default_factory=dict)
-    missing: Mapping[Record, str] = dataclasses.field(default_factory=dict)
-    rebuilt: tuple[Record, ...] = ()
-    gone: tuple[Record, ...] = ()
-    unjudged: Mapping[Record, str] = dataclasses.field(default_factory=dict)
-    refused: Mapping[IPAddress, str] = dataclasses.field(default_factory=dict)
+    pods: tuple[model.Owner, ...] = ()
+    released: Mapping[model.Record, str] = dataclasses.field(
+        default_factory=dict)
+    missing: Mapping[model.Record, str] = dataclasses.field(
+        default_factory=dict)
+    rebuilt: tuple[model.Record, ...] = ()
+    gone: tuple[model.Record, ...] = ()
+    unjudged: Mapping[model.Record, str] = dataclasses.field(
+        default_factory=dict)
+    refused: Mapping[model.IPAddress, str] = dataclasses.field(
+        default_factory=dict)
     errors: tuple[exceptions.Break0Error, ...] = ()
 
     def __bool__(self) -> bool:
@@ -78,7 +74,7 @@ class Outcome(Plan):
                     or self.released or super().__bool__())
 
 
-def is_others(route: HostRoute, devices: Collection[Optional[int]],
+def is_others(route: model.HostRoute, devices: Collection[Optional[int]],
               protocol: int) -> bool:
     """Return whether a route is foreign.
 
@@ -90,11 +86,11 @@ def is_others(route: HostRoute, devices: Collection[Optional[int]],
     return route.oif not in devices and route.protocol != protocol
 
 
-def compute(desired: Mapping[IPAddress, Collection[Item]],
-            present: Iterable[Item], *, device: int, protocol: int,
-            withdrawn: Container[IPAddress] = (),
-            claimed: Container[IPAddress] = (),
-            unreadable: Container[IPAddress] = (),
+def compute(desired: Mapping[model.IPAddress, Collection[model.Item]],
+            present: Iterable[model.Item], *, device: int, protocol: int,
+            withdrawn: Container[model.IPAddress] = (),
+            claimed: Container[model.IPAddress] = (),
+            unreadable: Container[model.IPAddress] = (),
             is_refilled: bool = False) -> Plan:
     """Return the changes that turn the present items into the desired ones.
 
@@ -118,22 +114,22 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
         sets guard entries for unclaimed addresses too, because otherwise the
         new guard would cut off the pods with these addresses
     """
-    kept: set[Item] = set()
-    held: set[IPAddress] = set()
-    foreign: dict[IPAddress, HostRoute] = {}
-    unset: list[Item] = []
-    unclaimed: list[Item] = []
-    pairs: set[Pair] = set()
+    kept: set[model.Item] = set()
+    held: set[model.IPAddress] = set()
+    foreign: dict[model.IPAddress, model.HostRoute] = {}
+    unset: list[model.Item] = []
+    unclaimed: list[model.Item] = []
+    pairs: set[model.Pair] = set()
     routes = {item.dst: item for items in desired.values()
-              for item in of_kind(HostRoute, items)}
+              for item in model.of_kind(model.HostRoute, items)}
     for item in present:
-        if isinstance(item, Pair):
+        if isinstance(item, model.Pair):
             pairs.add(item)
             continue
         desired_items = desired.get(item.dst, ())
         if item in desired_items:
             kept.add(item)
-        if isinstance(item, HostRoute):
+        if isinstance(item, model.HostRoute):
             route = routes.get(item.dst)
             ours = item.oif == device and item.protocol == protocol
             if route is not None and item.table == route.table:
@@ -147,7 +143,7 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
                 continue
         else:
             ours = item.ifindex == device and item.protocol == protocol
-            if of_kind(Neighbour, desired_items):
+            if model.of_kind(model.Neighbour, desired_items):
                 continue
         if ours and (desired_items or item.dst in withdrawn):
             unset.append(item)
@@ -161,11 +157,12 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
     missing = [item for address, items in desired.items()
                if address not in blocked for item in items
                if item not in kept]
-    admitted = set(of_kind(Pair, missing))
+    admitted = set(model.of_kind(model.Pair, missing))
     doubtful = {item.dst for item in unclaimed}
     if is_refilled:
-        macs = {each.dst: each.mac for each in of_kind(Neighbour, unclaimed)}
-        missing += {Pair.of(address, macs.get(address))
+        macs = {each.dst: each.mac
+                for each in model.of_kind(model.Neighbour, unclaimed)}
+        missing += {model.Pair.of(address, macs.get(address))
                     for address in doubtful} - admitted
     for pair in pairs - admitted:
         if pair.dst in doubtful:
@@ -181,16 +178,16 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
                       if item.dst not in unreadable), key=_by_order)))
 
 
-def _by_metric(route: HostRoute) -> tuple[int, ...]:
-    return (route.metric or 0, *address_order(route.dst), route.table,
+def _by_metric(route: model.HostRoute) -> tuple[int, ...]:
+    return (route.metric or 0, *model.address_order(route.dst), route.table,
             route.protocol, route.oif or 0)
 
 
-def _by_order(item: Item) -> tuple[Any, ...]:
+def _by_order(item: model.Item) -> tuple[Any, ...]:
     """Return a sort key: routes, neighbours, guard entries; by address."""
-    if isinstance(item, HostRoute):
-        return (0, *address_order(item.dst), item.table, item.protocol,
+    if isinstance(item, model.HostRoute):
+        return (0, *model.address_order(item.dst), item.table, item.protocol,
                 item.oif or 0, item.metric or 0)
-    if isinstance(item, Neighbour):
-        return 1, *address_order(item.dst)
-    return 2, *address_order(item.dst), item.mac or b''
+    if isinstance(item, model.Neighbour):
+        return 1, *model.address_order(item.dst)
+    return 2, *model.address_order(item.dst), item.mac or b''

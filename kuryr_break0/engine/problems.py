@@ -20,14 +20,7 @@ from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Ownership
-from kuryr_break0.model import address_order
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import of_kind
-from kuryr_break0.model import Pair
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 #: Subject of the problems of the node itself.
 NODE = 'the node'
@@ -49,7 +42,7 @@ class Problem(NamedTuple):
     """
 
     kind: str
-    subject: Union[IPAddress, str]
+    subject: Union[model.IPAddress, str]
     text: str
     is_error: bool = False
 
@@ -64,14 +57,15 @@ def find(snapshot: Snapshot) -> list[Problem]:
         for problem in of_device(parent, snapshot)), *_of_addresses(snapshot)]
 
 
-def find_all(snapshot: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
+def find_all(snapshot: Snapshot
+             ) -> tuple[list[Problem], dict[model.IPAddress, str]]:
     """Return all problems, including the problems of the pod sides.
 
     :returns: the problems, and the addresses whose pod side could not be
         examined, with the reason
     """
     of_pods: list[Problem] = []
-    unknown: dict[IPAddress, str] = {}
+    unknown: dict[model.IPAddress, str] = {}
     for records in snapshot.interfaces():
         if records[0].netns is None:
             unknown.update((each.address, 'its namespace is not recorded')
@@ -88,14 +82,14 @@ def find_all(snapshot: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
                                       if each not in lost)], unknown
 
 
-def by_address(problems: Iterable[Problem]) -> dict[IPAddress, str]:
+def by_address(problems: Iterable[Problem]) -> dict[model.IPAddress, str]:
     """Return the first problem of each address, sorted by address."""
-    texts: dict[IPAddress, str] = {}
+    texts: dict[model.IPAddress, str] = {}
     for problem in problems:
         if not isinstance(problem.subject, str):
             texts.setdefault(problem.subject, problem.text)
     return {address: texts[address]
-            for address in sorted(texts, key=address_order)}
+            for address in sorted(texts, key=model.address_order)}
 
 
 def of_node(problems: Iterable[Problem]) -> list[str]:
@@ -224,7 +218,7 @@ def _of_addresses(snapshot: Snapshot) -> Iterator[Problem]:
                           'gone (older claim of %s)' % record.owner_text)
 
 
-def _on(parent: Parent, explained: set[IPAddress]) -> Iterator[Problem]:
+def _on(parent: Parent, explained: set[model.IPAddress]) -> Iterator[Problem]:
     """Return the problems of the addresses of one break0.
 
     :param explained: addresses whose stale items another problem explains
@@ -241,28 +235,29 @@ def _on(parent: Parent, explained: set[IPAddress]) -> Iterator[Problem]:
         if address not in parent.desired and address not in explained:
             yield Problem('ipv6-disabled', address,
                           'IPv6 is disabled on ' + parent.device)
-    for route in of_kind(HostRoute, plan.set):
+    for route in model.of_kind(model.HostRoute, plan.set):
         if route.dst not in foreign:
             is_wrong = route.dst in parent.routes
             yield Problem('route-wrong' if is_wrong else 'route-missing',
                           route.dst, 'its route is '
                           + ('wrong' if is_wrong else 'missing'))
-    for neighbour in of_kind(Neighbour, plan.set):
+    for neighbour in model.of_kind(model.Neighbour, plan.set):
         is_wrong = neighbour.dst in parent.neighbours
         yield Problem(
             'neighbour-wrong' if is_wrong else 'neighbour-missing',
             neighbour.dst, 'its neighbour entry is '
             + ('wrong' if is_wrong else 'missing'))
     if not parent.guard:
-        for address in _destinations(of_kind(Pair, plan.set)):
+        for address in _destinations(model.of_kind(model.Pair, plan.set)):
             yield Problem('guard-missing', address, 'its guard entry is '
                           'missing', True)
     for kind, items, text in (
-            ('route-extra', of_kind(HostRoute, plan.unset), 'a route'),
-            ('neighbour-extra', of_kind(Neighbour, plan.unset),
+            ('route-extra', model.of_kind(model.HostRoute, plan.unset),
+             'a route'),
+            ('neighbour-extra', model.of_kind(model.Neighbour, plan.unset),
              'a neighbour entry'),
-            ('guard-missing', of_kind(Pair, plan.unset) if not parent.guard
-             else [], 'a guard entry')):
+            ('guard-missing', model.of_kind(model.Pair, plan.unset)
+             if not parent.guard else [], 'a guard entry')):
         for address in _destinations(items):
             if address not in explained and address not in foreign:
                 yield Problem(kind, address,
@@ -273,11 +268,11 @@ def _on(parent: Parent, explained: set[IPAddress]) -> Iterator[Problem]:
                           parent.device, through, get, address.version))
 
 
-def _destinations(items: Iterable[Item]) -> Iterable[IPAddress]:
+def _destinations(items: Iterable[model.Item]) -> Iterable[model.IPAddress]:
     return dict.fromkeys(item.dst for item in items)
 
 
-def of_pod(records: Sequence[Record], snapshot: Snapshot,
+def of_pod(records: Sequence[model.Record], snapshot: Snapshot,
            pause: float = missing.PAUSE) -> list[Problem]:
     """Return the problems of one pod side, causes before effects.
 
@@ -306,8 +301,8 @@ def of_pod(records: Sequence[Record], snapshot: Snapshot,
     return all_problems if cause is None else []
 
 
-def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
-            pause: float) -> list[Problem]:
+def _in_pod(records: Sequence[model.Record], parent: Parent,
+            snapshot: Snapshot, pause: float) -> list[Problem]:
     assert parent.node is not None
     is_dropping = is_strict(parent)  # before the pod's namespace is entered
     all_problems: list[Problem] = []
@@ -347,9 +342,9 @@ def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
             host, text = item.dst, _UNCONFIGURED + ': '
             if verb is kernel.Verb.DELETE:
                 add('pod-entry-extra', text + 'it has a stale %s for %s' % (
-                    'route' if isinstance(item, HostRoute) else 'neighbour',
-                    host))
-            elif isinstance(item, HostRoute):
+                    'route' if isinstance(item, model.HostRoute)
+                    else 'neighbour', host))
+            elif isinstance(item, model.HostRoute):
                 is_reached = netlink.lookup(host) is not None
                 is_dropped = is_reached and host.version == 4 and is_dropping
                 add('rp-filter' if is_dropped else 'pod-route-missing',
@@ -394,13 +389,13 @@ def unjudged_text(snapshot: Snapshot) -> str:
     return ''
 
 
-def foreign_text(route: HostRoute) -> str:
+def foreign_text(route: model.HostRoute) -> str:
     """Describe the foreign route that conflicts with a pod's route."""
     return 'it has a route of another program, through %s with protocol %s' % (
         kernel.format_ifname(route.oif), route.protocol)
 
 
-def guard_text(added: Iterable[Item], deleted: Iterable[Item]
+def guard_text(added: Iterable[model.Item], deleted: Iterable[model.Item]
                ) -> Iterator[str]:
     """Return a text with the numbers of missing and stale guard entries.
 
@@ -410,8 +405,9 @@ def guard_text(added: Iterable[Item], deleted: Iterable[Item]
     :param deleted: items to delete; all but guard entries are ignored
     :returns: one text, or none if no entries are missing or stale
     """
-    lacking, stale = (len({pair.dst for pair in of_kind(Pair, items)})
-                      for items in (added, deleted))
+    lacking, stale = (
+        len({pair.dst for pair in model.of_kind(model.Pair, items)})
+        for items in (added, deleted))
     parts = ['has %s entries for %d address%s' % (
         kind, count, '' if count == 1 else 'es')
         for kind, count in (('no', lacking), ('stale', stale)) if count]

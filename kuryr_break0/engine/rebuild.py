@@ -18,13 +18,11 @@ from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 
 def find(options: config.Options, snapshot: Snapshot,
-         parents: Collection[Parent]) -> Iterator[Record]:
+         parents: Collection[Parent]) -> Iterator[model.Record]:
     """Return the records of the pods that unclaimed items belong to.
 
     Unreadable records are rebuilt as well.
@@ -32,7 +30,7 @@ def find(options: config.Options, snapshot: Snapshot,
     :param parents: the parents with a break0 of this ledger; the pods of other
         parents have their records in another ledger
     """
-    unclaimed: dict[IPAddress, Parent] = {}
+    unclaimed: dict[model.IPAddress, Parent] = {}
     for parent in parents:
         if snapshot.contents.unreadable:
             unclaimed.update({item.dst: parent for item in items_of(
@@ -58,7 +56,7 @@ def find(options: config.Options, snapshot: Snapshot,
                     configured=None, bound_at=files.now())
 
 
-def _sibling(snapshot: Snapshot, macvlan: kernel.Macvlan) -> Record:
+def _sibling(snapshot: Snapshot, macvlan: kernel.Macvlan) -> model.Record:
     """Return a record of a macvlan, from which to copy the owner.
 
     If the macvlan has no record, return a new one with an adopted owner.
@@ -68,5 +66,5 @@ def _sibling(snapshot: Snapshot, macvlan: kernel.Macvlan) -> Record:
                 and record.namespace.is_same(macvlan.namespace)
                 and record.owner.ifname == macvlan.link.name):
             return record
-    return Record(macvlan.addresses[0], Owner.adopted(
+    return model.Record(macvlan.addresses[0], model.Owner.adopted(
         macvlan.namespace, macvlan.link.name), macvlan.parent)

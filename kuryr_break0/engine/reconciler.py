@@ -25,31 +25,23 @@ from kuryr_break0.engine.apply import log_repairs
 from kuryr_break0.engine.apply import Work
 from kuryr_break0.engine.plan import Outcome
 from kuryr_break0.engine.plan import Plan
-from kuryr_break0.engine.problems import guard_text
-from kuryr_break0.engine.problems import unjudged_text
+from kuryr_break0.engine import problems
 from kuryr_break0.engine import rebuild
 from kuryr_break0.engine import released
-from kuryr_break0.engine.routes import foreign_route
+from kuryr_break0.engine import routes
 from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0.engine.snapshot import Snapshot
-from kuryr_break0.engine.transitions import Engine
+from kuryr_break0.engine import transitions
 from kuryr_break0 import exceptions
-from kuryr_break0.failures import Failures
+from kuryr_break0 import failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.identity import Ownership
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import address_order
-from kuryr_break0.model import by_address
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
-from kuryr_break0.model import NodeAddresses
-from kuryr_break0.model import of_kind
-from kuryr_break0.model import Record
-from kuryr_break0.policy import Policy
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
@@ -65,7 +57,7 @@ class Reconciler:
         self._options = options
         self._ledger = ledger
         self._records = ledger.records
-        self._engine = Engine(options, ledger)
+        self._engine = transitions.Engine(options, ledger)
         self._devices = self._engine.devices
 
     def sync(self, dry_run: bool = False, claim: bool = False,
@@ -82,10 +74,10 @@ class Reconciler:
             that are necessary
         """
         self._dry_run, self._claim, self._prune = dry_run, claim, prune
-        self._failure = Failures()
+        self._failure = failures.Failures()
         self._repaired: list[tuple[str, str]] = []
         #: the items of all plans that were set or deleted
-        self._applied: set[Item] = set()
+        self._applied: set[model.Item] = set()
         outcome = Outcome()
         with self._failure.collect(), kernel.Netlink() as self._netlink, \
                 uncollected():
@@ -107,10 +99,11 @@ class Reconciler:
         plans = {name: self._plan(snapshot, parent, rebuilt)
                  for name, parent in snapshot.parents.items()}
         for address, reason in snapshot.refused.items():
-            LOG.error('%s', Policy(self._options).refused(address, reason))
+            LOG.error('%s', policy.Policy(self._options).refused(
+                address, reason))
         for plan in plans.values():
             for route in plan.foreign:
-                LOG.error('%s', foreign_route(route))
+                LOG.error('%s', routes.foreign_route(route))
         ended = self._ledger.list_ended()
         by_del = released.by_del(snapshot, ended)
         if not self._dry_run:
@@ -145,7 +138,7 @@ class Reconciler:
             missing={each.record: str(each) for each in pods.missing})
 
     def _plan(self, snapshot: Snapshot, parent: Parent,
-              rebuilt: Collection[Record]) -> Plan:
+              rebuilt: Collection[model.Record]) -> Plan:
         """Return the changes to make on a parent.
 
         The plan for a break0 of another ledger only reports unclaimed items.
@@ -162,17 +155,17 @@ class Reconciler:
                                    unset=(*plan.unset, *unclaimed))
 
     def _outcome(self, snapshot: Snapshot, plans: Mapping[str, Plan],
-                 rebuilt: list[Record]) -> Outcome:
+                 rebuilt: list[model.Record]) -> Outcome:
         """Return the changes; after a dry run, the necessary changes."""
-        added: list[Item] = []
-        deleted: list[Item] = []
+        added: list[model.Item] = []
+        deleted: list[model.Item] = []
         for name, parent in snapshot.parents.items():
             applied = [[item for item in items
                         if self._dry_run or item in self._applied]
                        for items in (plans[name].set, plans[name].unset)]
             added += applied[0]
             deleted += applied[1]
-            for text in () if parent.guard else guard_text(*applied):
+            for text in () if parent.guard else problems.guard_text(*applied):
                 self._repaired.append((parent.device, text))
                 if not self._dry_run:
                     LOG.info('Repaired %s: %s', parent.device, text)
@@ -184,8 +177,9 @@ class Reconciler:
             gone=snapshot.gone, unjudged=snapshot.unjudged,
             refused=snapshot.refused)
 
-    def _interfaces(self, snapshot: Snapshot, dropped: Collection[Record]
-                    ) -> Iterator[tuple[list[Record], NodeAddresses]]:
+    def _interfaces(self, snapshot: Snapshot, dropped: Collection[model.Record]
+                    ) -> Iterator[tuple[list[model.Record],
+                                        model.NodeAddresses]]:
         for records in snapshot.interfaces():
             parent = snapshot.parents[records[0].parent]
             if dropped:
@@ -213,7 +207,8 @@ class Reconciler:
         """
         # The number and the example in the text can change in each sync, so
         # the constant 'some' is compared instead.
-        self._devices.warn_once('unjudged', unjudged_text(snapshot), 'some')
+        self._devices.warn_once(
+            'unjudged', problems.unjudged_text(snapshot), 'some')
         self._ledger.cache.put('next_hops', sorted(map(
             str, snapshot.routes.next_hops)))
         self._ledger.cache.put('through_break0', sorted(map(
@@ -302,14 +297,14 @@ class Reconciler:
                         if not is_lost or each[1] != parent.guard]
         return is_changed
 
-    def _lost(self, snapshot: Snapshot) -> list[Record]:
+    def _lost(self, snapshot: Snapshot) -> list[model.Record]:
         """Return new records for unclaimed items of pods."""
         return list(rebuild.find(
             self._options, snapshot, [
                 parent for parent in snapshot.parents.values()
                 if not self._is_skipped(parent)]))
 
-    def _put_rebuilt(self, record: Record) -> bool:
+    def _put_rebuilt(self, record: model.Record) -> bool:
         with self._failure.collect(), self._ledger.lock():
             # A bind or a newer release may have written the record meanwhile.
             if self._records.exists(record.address):
@@ -324,7 +319,7 @@ class Reconciler:
         return False
 
     def _apply(self, parent: Parent, plan: Plan, snapshot: Snapshot,
-               moved: Collection[IPAddress]) -> None:
+               moved: Collection[model.IPAddress]) -> None:
         """Apply the plan of one parent, in groups of addresses.
 
         An address is skipped if its claims have changed since the snapshot,
@@ -336,7 +331,7 @@ class Reconciler:
         works = _works(parent, plan, moved)
         unread = {work.address for work in works}
         for start in range(0, len(works), CHANGED_AT_ONCE):
-            read: set[IPAddress] = set()
+            read: set[model.IPAddress] = set()
             applied = None
             with self._failure.collect(), self._ledger.lock():
                 applied = apply(self._netlink, guard, [
@@ -361,7 +356,7 @@ class Reconciler:
                     self._netlink, kernel.find_ifindex(parent.name), {
                         work.address: work.claim.mac for work in applied.works
                         if work.claim and applied.items.intersection(
-                            of_kind(HostRoute, work.set))})
+                            model.of_kind(model.HostRoute, work.set))})
         else:
             if parent.guard and not unread and guard.is_there():
                 with self._failure.collect(), self._ledger.lock():
@@ -370,7 +365,7 @@ class Reconciler:
                         kernel.find_ifindex(parent.name), is_filled=True)
 
     def _is_ready(self, work: Work, plan: Plan, snapshot: Snapshot,
-                  read: set[IPAddress]) -> bool:
+                  read: set[model.IPAddress]) -> bool:
         """Return whether the claims on an address are as in the snapshot.
 
         :param read: a set to which the address is added if its claims could be
@@ -385,16 +380,17 @@ class Reconciler:
 
 
 def _works(parent: Parent, plan: Plan,
-           moved: Collection[IPAddress]) -> list[Work]:
+           moved: Collection[model.IPAddress]) -> list[Work]:
     """Return the works of a plan, in the order of their addresses.
 
     :param moved: addresses to omit, because their items were changed already
     """
-    added, deleted = by_address(plan.set), by_address(plan.unset)
+    added, deleted = model.by_address(plan.set), model.by_address(plan.unset)
     return [Work(address, tuple(added.get(address, ())),
                  tuple(deleted.get(address, ())), parent.live.get(address))
             for address in sorted(added.keys() | deleted.keys(),
-                                  key=address_order) if address not in moved]
+                                  key=model.address_order)
+            if address not in moved]
 
 
 @contextlib.contextmanager

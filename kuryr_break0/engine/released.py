@@ -13,23 +13,21 @@ from typing import Iterable, Mapping
 
 from kuryr_break0.break0.missing import Missing
 from kuryr_break0.engine.snapshot import Snapshot
-from kuryr_break0.engine.transitions import Engine
-from kuryr_break0.failures import Failures
+from kuryr_break0.engine import transitions
+from kuryr_break0 import failures
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
 #: Origins of claims that one ADD makes for all addresses of an interface.
-_BY_ADD = Origin.KURYR, Origin.CNI
+_BY_ADD = model.Origin.KURYR, model.Origin.CNI
 
 
-def by_del(snapshot: Snapshot, ended: Mapping[Owner, float]
-           ) -> dict[Record, str]:
+def by_del(snapshot: Snapshot, ended: Mapping[model.Owner, float]
+           ) -> dict[model.Record, str]:
     """Return the claims of interfaces that a DEL has ended, with reasons.
 
     :param ended: times of the DELs; see :meth:`Ledger.list_ended`
@@ -41,20 +39,20 @@ def by_del(snapshot: Snapshot, ended: Mapping[Owner, float]
             and claim.bound_at < ended.get(claim.owner, 0)}
 
 
-def by_change(missing: Iterable[Missing]) -> dict[Record, str]:
+def by_change(missing: Iterable[Missing]) -> dict[model.Record, str]:
     """Return the claims on replaced addresses, with the reasons."""
     return {each.record: 'its interface had other addresses, but not this '
             'one, in two syncs' for each in missing}
 
 
-def drop(claims: Mapping[Record, str], engine: Engine, ledger: Ledger,
-         failure: Failures) -> None:
+def drop(claims: Mapping[model.Record, str], engine: transitions.Engine,
+         ledger: Ledger, failure: failures.Failures) -> None:
     """Drop claims, unless their addresses have been bound again.
 
     :param claims: the claims to drop, with the reasons
     """
     for record, reason in claims.items():
-        def is_same(claim: Record, of: Record = record) -> bool:
+        def is_same(claim: model.Record, of: model.Record = record) -> bool:
             return (claim.owner, claim.bound_at) == (of.owner, of.bound_at)
 
         with failure.collect(record.address):

@@ -10,13 +10,13 @@ from kuryr_break0.engine.plan import compute
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import log
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
 
-def require_free(route: HostRoute, present: Iterable[HostRoute]) -> None:
+def require_free(route: model.HostRoute,
+                 present: Iterable[model.HostRoute]) -> None:
     """Refuse a route that would override a foreign route.
 
     :param route: the route to set
@@ -29,14 +29,14 @@ def require_free(route: HostRoute, present: Iterable[HostRoute]) -> None:
         raise foreign_route(plan.foreign[0])
 
 
-def foreign_route(route: HostRoute) -> exceptions.ForeignRoute:
+def foreign_route(route: model.HostRoute) -> exceptions.ForeignRoute:
     """Return the error for a foreign route that blocks a pod's route."""
     return exceptions.ForeignRoute(
         address=route.dst, on=kernel.format_ifname(route.oif),
         protocol=route.protocol)
 
 
-def delete_connections(addresses: Iterable[IPAddress]) -> None:
+def delete_connections(addresses: Iterable[model.IPAddress]) -> None:
     """Delete the conntrack entries of addresses.
 
     The next pod with an address must not inherit its connections. An error of

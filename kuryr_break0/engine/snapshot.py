@@ -19,13 +19,8 @@ from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import Identity
 from kuryr_break0.ledger.identity import Ownership
-from kuryr_break0.model import Entry
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import NodeAddresses
-from kuryr_break0.model import Record
-from kuryr_break0.policy import Facts
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +59,14 @@ class Parent:
     ownership: Ownership
     differences: tuple[tuple[str, str], ...]
     guard: Optional[str]
-    live: dict[IPAddress, Record]
-    desired: dict[IPAddress, tuple[Entry, ...]]
+    live: dict[model.IPAddress, model.Record]
+    desired: dict[model.IPAddress, tuple[model.Entry, ...]]
     plan: Plan
-    routes: dict[IPAddress, HostRoute]
-    neighbours: dict[IPAddress, Neighbour]
-    addresses: tuple[IPAddress, ...]
-    node: Optional[NodeAddresses]
-    astray: dict[IPAddress, tuple[str, str]]
+    routes: dict[model.IPAddress, model.HostRoute]
+    neighbours: dict[model.IPAddress, model.Neighbour]
+    addresses: tuple[model.IPAddress, ...]
+    node: Optional[model.NodeAddresses]
+    astray: dict[model.IPAddress, tuple[str, str]]
 
     @property
     def other(self) -> Optional[Alias]:
@@ -79,7 +74,7 @@ class Parent:
         return (Alias.parse(self.link.alias) if self.link is not None
                 and self.ownership.is_foreign else None)
 
-    def is_configured(self, record: Record) -> bool:
+    def is_configured(self, record: model.Record) -> bool:
         """Return whether a pod was configured with the current node addresses.
 
         Only the record is compared; the pod itself may have changed since.
@@ -119,17 +114,17 @@ class Snapshot:
     is_steady: bool
     identity: Optional[Identity]
     parents: dict[str, Parent]
-    facts: Facts
+    facts: policy.Facts
     routes: kernel.Routes
-    live: dict[IPAddress, Record]
-    rivals: dict[IPAddress, tuple[Record, ...]]
-    gone: tuple[Record, ...]
-    unjudged: dict[Record, str]
-    refused: dict[IPAddress, str]
+    live: dict[model.IPAddress, model.Record]
+    rivals: dict[model.IPAddress, tuple[model.Record, ...]]
+    gone: tuple[model.Record, ...]
+    unjudged: dict[model.Record, str]
+    refused: dict[model.IPAddress, str]
     name_conflict: Optional[kernel.Link]
 
     @property
-    def unclaimed(self) -> dict[IPAddress, Parent]:
+    def unclaimed(self) -> dict[model.IPAddress, Parent]:
         return {item.dst: parent for parent in self.parents.values()
                 for item in parent.plan.unclaimed}
 
@@ -142,19 +137,19 @@ class Snapshot:
         return any(parent.ownership is Ownership.LOST
                    for parent in self.parents.values())
 
-    def parent_of(self, address: IPAddress) -> Optional[Parent]:
+    def parent_of(self, address: model.IPAddress) -> Optional[Parent]:
         """Return the parent of an address; None if it is unknown."""
         record = self.live.get(address)
         if record is not None:
             return self.parents.get(record.parent)
         return self.unclaimed.get(address)
 
-    def interfaces(self) -> list[list[Record]]:
+    def interfaces(self) -> list[list[model.Record]]:
         """Return the records of each interface of each pod."""
         return by_interface(self.live.values())
 
 
-def by_interface(records: Iterable[Record]) -> list[list[Record]]:
+def by_interface(records: Iterable[model.Record]) -> list[list[model.Record]]:
     """Group records by interface.
 
     The records of a group can have different owners, because the owner of a
@@ -162,7 +157,7 @@ def by_interface(records: Iterable[Record]) -> list[list[Record]]:
     parent: if an interface is created again on another parent, its older
     records form another group.
     """
-    interfaces: dict[Any, list[Record]] = {}
+    interfaces: dict[Any, list[model.Record]] = {}
     for record in records:
         interfaces.setdefault((
             record.namespace or record.owner.container_id,
@@ -170,7 +165,8 @@ def by_interface(records: Iterable[Record]) -> list[list[Record]]:
     return list(interfaces.values())
 
 
-def items_of(parent: Parent, protocol: int) -> list[Entry]:
+def items_of(parent: Parent, protocol: int) -> list[model.Entry]:
     """List the routes and neighbours with our protocol number on a break0."""
-    items: list[Entry] = [*parent.routes.values(), *parent.neighbours.values()]
+    items: list[model.Entry] = [*parent.routes.values(),
+                                *parent.neighbours.values()]
     return [item for item in items if item.protocol == protocol]

@@ -20,18 +20,16 @@ from kuryr_break0.break0.devices import Break0
 from kuryr_break0.break0.devices import Devices
 from kuryr_break0.break0.guard import Guard
 from kuryr_break0.break0.guard import pairs
-from kuryr_break0.break0.pods import is_gone
-from kuryr_break0.break0.pods import Pods
+from kuryr_break0.break0 import pods
 from kuryr_break0 import config
-from kuryr_break0.engine.admission import Admission
+from kuryr_break0.engine import admission
 from kuryr_break0.engine.apply import Applied
 from kuryr_break0.engine.apply import apply
 from kuryr_break0.engine.apply import Work
-from kuryr_break0.engine.routes import delete_connections
-from kuryr_break0.engine.routes import require_free
+from kuryr_break0.engine import routes
 from kuryr_break0.engine import transaction
 from kuryr_break0 import exceptions
-from kuryr_break0.failures import Failures
+from kuryr_break0 import failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import claims as claims_
 from kuryr_break0.ledger.claims import Claims
@@ -39,16 +37,8 @@ from kuryr_break0.ledger.claims import Transition
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import by_address
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import of_kind
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Pair
-from kuryr_break0.model import Record
-from kuryr_break0.policy import Policy
+from kuryr_break0 import model
+from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
@@ -64,22 +54,22 @@ class Engine:
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
-        self._policy = Policy(options)
+        self._policy = policy.Policy(options)
         self._ledger = ledger
         self._records = ledger.records
         self.devices = Devices(options, ledger)
-        self.pods = Pods(options, ledger)
-        self.admission = Admission(options, ledger, self.devices)
+        self.pods = pods.Pods(options, ledger)
+        self.admission = admission.Admission(options, ledger, self.devices)
 
-    def bind(self, records: Collection[Record], yielding: bool,
-             failure: Failures) -> bool:
+    def bind(self, records: Collection[model.Record], yielding: bool,
+             failure: failures.Failures) -> bool:
         """Add claims of one interface, and set the items of its addresses.
 
         :param yielding: refuse each address that another existing sandbox
             has, and undo the transition of each address that fails
         :returns: whether a sync must restore items of other pods
         """
-        transitions: dict[IPAddress, Transition] = {}
+        transitions: dict[model.IPAddress, Transition] = {}
         break0 = None
         with transaction.begin(self._ledger, writable=yielding) as held:
             # The first bind of a boot must quarantine the records of an
@@ -97,16 +87,18 @@ class Engine:
             undone = failure.failed & transitions.keys() if yielding else ()
             for address in undone:
                 before, after = transitions[address]
-                with Failures().log_errors(), kernel.Netlink() as netlink:
+                with failures.Failures().log_errors(), \
+                        kernel.Netlink() as netlink:
                     self._drop(netlink, address, Transition(after, before),
                                held.log_later)
-        delete_connections([address for address, each in transitions.items()
-                            if each.is_handed_over])
+        routes.delete_connections([
+            address for address, each in transitions.items()
+            if each.is_handed_over])
         return break0 is not None and break0.needs_sync
 
-    def _add_claim(self, record: Record, yielding: bool,
-                   transitions: dict[IPAddress, Transition],
-                   failure: Failures) -> None:
+    def _add_claim(self, record: model.Record, yielding: bool,
+                   transitions: dict[model.IPAddress, Transition],
+                   failure: failures.Failures) -> None:
         """Record a claim, unless it is refused or its owner has a newer one.
 
         An unwritable ledger must not prevent the route of a pod, because a
@@ -115,9 +107,9 @@ class Engine:
         """
         address = record.address
         before: Claims = ()
-        with Failures().log_errors():
+        with failures.Failures().log_errors():
             before = self._records.claims(address)
-        added = claims_.add(record, before, is_gone)
+        added = claims_.add(record, before, pods.is_gone)
         if added.after[0] != record:
             LOG.info('%s has bound %s again in the meantime', record.owner,
                      address)
@@ -128,16 +120,18 @@ class Engine:
                 **vars(added.rivals[0].owner)))
             return
         is_recorded = False
-        with failure.collect(address) if yielding else Failures().log_errors():
+        with (failure.collect(address) if yielding
+              else failures.Failures().log_errors()):
             self._records.put(added.after)
             is_recorded = True
         if is_recorded or not yielding:
             transitions[address] = Transition(before, added.after)
 
-    def unbind(self, addresses: Iterable[IPAddress],
-               is_own: Callable[[Record], bool], name: object,
-               mac: Optional[str], failure: Failures,
-               ending: Optional[tuple[Owner, float]] = None) -> list[Record]:
+    def unbind(self, addresses: Iterable[model.IPAddress],
+               is_own: Callable[[model.Record], bool], name: object,
+               mac: Optional[str], failure: failures.Failures,
+               ending: Optional[tuple[model.Owner, float]] = None
+               ) -> list[model.Record]:
         """Drop claims, and delete the items of their addresses.
 
         :param is_own: returns whether to drop a claim
@@ -148,8 +142,8 @@ class Engine:
             of its end. A sync drops this owner's claims from before that time
         :returns: the dropped claims
         """
-        dropped: list[Record] = []
-        handed_over: list[IPAddress] = []
+        dropped: list[model.Record] = []
+        handed_over: list[model.IPAddress] = []
         with transaction.begin(self._ledger, required=True) as held, \
                 kernel.Netlink() as netlink:
             if ending is not None:
@@ -176,27 +170,27 @@ class Engine:
                     dropped += dropped_claims
                     if dropped_claims and dropped_claims[0] == before[0]:
                         handed_over.append(address)
-        delete_connections(handed_over)
+        routes.delete_connections(handed_over)
         return dropped
 
-    def remove_gone(self, addresses: Collection[IPAddress],
-                    failure: Failures) -> list[Record]:
+    def remove_gone(self, addresses: Collection[model.IPAddress],
+                    failure: failures.Failures) -> list[model.Record]:
         """Drop claims of sandboxes that are proven not to exist.
 
         :returns: the remaining claims on the addresses without an error
         """
-        remaining: list[Record] = []
+        remaining: list[model.Record] = []
         with kernel.Netlink() as netlink:
             for address in addresses:
                 with failure.collect(address):
                     remaining += self._remove_gone(netlink, address)
         return remaining
 
-    def _remove_gone(self, netlink: kernel.Netlink, address: IPAddress
+    def _remove_gone(self, netlink: kernel.Netlink, address: model.IPAddress
                      ) -> Claims:
         with self._ledger.lock():
             before = self._records.claims(address)
-            living, gone = claims_.split(before, is_gone)
+            living, gone = claims_.split(before, pods.is_gone)
             deleted = bool(gone) and self._drop(
                 netlink, address, Transition(before, living), LOG.info)
         for claim in gone:
@@ -205,10 +199,10 @@ class Engine:
                      else 'its claim on %s' % address)
             self._ledger.journal.add(Done.SANDBOX_GONE)
         if gone and gone[0] == before[0]:
-            delete_connections([address])
+            routes.delete_connections([address])
         return living
 
-    def _drop(self, netlink: kernel.Netlink, address: IPAddress,
+    def _drop(self, netlink: kernel.Netlink, address: model.IPAddress,
               transition: Transition, log_info: LogInfo,
               mac: Optional[str] = None) -> bool:
         """Apply a transition that drops claims.
@@ -244,7 +238,7 @@ class Engine:
             return deleted
         self._records.put(after)
         if may_set:
-            failure = Failures()
+            failure = failures.Failures()
             with failure.collect():
                 self._set(netlink, after[:1], {address: transition}, failure,
                           log_info)
@@ -252,7 +246,7 @@ class Engine:
                 LOG.error('%s', err)
         return deleted
 
-    def _is_refused(self, claim: Record) -> bool:
+    def _is_refused(self, claim: model.Record) -> bool:
         """Return, and log, whether the address of a claim gets no items."""
         reason = self.admission.refusal(claim.address, claim.parent,
                                         claim.origin)
@@ -260,8 +254,8 @@ class Engine:
             LOG.error('%s', self._policy.refused(claim.address, reason))
         return reason is not None
 
-    def _withdraw(self, netlink: kernel.Netlink, address: IPAddress,
-                  devices: Iterable[str], dropped: Collection[Record],
+    def _withdraw(self, netlink: kernel.Netlink, address: model.IPAddress,
+                  devices: Iterable[str], dropped: Collection[model.Record],
                   after: Claims = (), mac: Optional[str] = None) -> bool:
         """Delete the items of an address on break0 devices.
 
@@ -281,8 +275,8 @@ class Engine:
             index = kernel.find_ifindex(name)
             if index is None:
                 continue
-            items: list[Item] = [Pair.of(address, each)
-                                 for each in macs or (None,)]
+            items: list[model.Item] = [model.Pair.of(address, each)
+                                       for each in macs or (None,)]
             present, kind = netlink.neighbour(index, address)
             permanent = present if kind == 'permanent' else None
             route = self._policy.route(address, index)._replace(metric=None)
@@ -290,7 +284,7 @@ class Engine:
                     if dropped else permanent in macs):
                 # A neighbour that stays would direct packets for the next pod
                 # to the MAC address of the earlier pod.
-                items += [route, Neighbour(address, index, '', None)]
+                items += [route, model.Neighbour(address, index, '', None)]
             elif permanent is not None and macs:
                 LOG.warning('Keeping %s on %s: the address belongs to %s, '
                             'which has no record yet', address, name,
@@ -304,9 +298,10 @@ class Engine:
             deleted |= route in applied.items
         return deleted
 
-    def _set(self, netlink: kernel.Netlink, records: Collection[Record],
-             transitions: dict[IPAddress, Transition], failure: Failures,
-             log_info: LogInfo) -> Optional[Break0]:
+    def _set(self, netlink: kernel.Netlink, records: Collection[model.Record],
+             transitions: dict[model.IPAddress, Transition],
+             failure: failures.Failures, log_info: LogInfo
+             ) -> Optional[Break0]:
         """Set the items of the addresses of one interface.
 
         Addresses are refused before the guard is changed, so that the guard
@@ -317,9 +312,9 @@ class Engine:
             return None
         first = next(iter(records))
         break0 = self.devices.get(netlink, first.parent)
-        sources: dict[IPAddress, Optional[IPAddress]] = {}
-        existing: set[IPAddress] = set()
-        blocked: set[IPAddress] = set()
+        sources: dict[model.IPAddress, Optional[model.IPAddress]] = {}
+        existing: set[model.IPAddress] = set()
+        blocked: set[model.IPAddress] = set()
         for record in records:
             address = record.address
             with failure.collect(address):
@@ -333,7 +328,7 @@ class Engine:
                 # NLM_F_EXCL does not detect a route with another metric.
                 present = netlink.route_to(address)
                 try:
-                    require_free(route, filter(None, [present]))
+                    routes.require_free(route, filter(None, [present]))
                 except exceptions.ForeignRoute:
                     blocked.add(address)
                     raise
@@ -351,22 +346,24 @@ class Engine:
                         - kept, transition.before, transition.after)
         refused = [record for record in records
                    if record.address in failure.failed]
-        admitted = by_address(pairs(record for record in records
-                                    if record not in refused))
-        earlier = by_address(pairs([*refused, *(
+        admitted = model.by_address(pairs(record for record in records
+                                          if record not in refused))
+        earlier = model.by_address(pairs([*refused, *(
             claim for transition in transitions.values()
             for claim in transition.before)]))
 
-        def work(record: Record) -> Work:
+        def work(record: model.Record) -> Work:
             address = record.address
-            items: list[Item] = [*admitted.get(address, ())]
-            unset: list[Item] = [each for each in earlier.get(address, ())
-                                 if each not in items]
+            items: list[model.Item] = [*admitted.get(address, ())]
+            unset: list[model.Item] = [
+                each for each in earlier.get(address, ())
+                if each not in items]
             if address in sources:
                 items += self._policy.items(record, break0.index,
                                             sources[address])
                 if record.mac is None:  # delete an earlier pod's neighbour
-                    unset.append(Neighbour(address, break0.index, '', None))
+                    unset.append(model.Neighbour(
+                        address, break0.index, '', None))
             return Work(address, tuple(items), tuple(unset), record,
                         is_new=address not in existing)
 
@@ -381,8 +378,8 @@ class Engine:
             with failure.collect(each.address):
                 if err is not None and err.errno == errno.EEXIST:
                     # Unlike a look-up, a dump contains unused routes too.
-                    route, = of_kind(HostRoute, each.set)
-                    require_free(route, [
+                    route, = model.of_kind(model.HostRoute, each.set)
+                    routes.require_free(route, [
                         other for other in netlink.routes().host
                         if other.dst == each.address])
                     retried.append(each._replace(is_new=False))
@@ -403,7 +400,7 @@ class Engine:
                     netlink, break0, first.parent, set(sources.values())))
             self._apply(netlink, break0, [
                 Work(address, tuple(items)) for address, items
-                in by_address(pairs(siblings)).items()], failure)
+                in model.by_address(pairs(siblings)).items()], failure)
         # Before the bind, the node may have asked the LAN for the pods' MAC
         # addresses, and the kernel may still hold packets to the pods.
         self._guard(break0.name).release(
@@ -412,7 +409,7 @@ class Engine:
         return break0
 
     def _apply(self, netlink: kernel.Netlink, break0: Break0,
-               works: Iterable[Work], failure: Failures) -> Applied:
+               works: Iterable[Work], failure: failures.Failures) -> Applied:
         """Apply the works of a bind.
 
         If ``[break0] guard`` is on, an error of the guard is an error of each

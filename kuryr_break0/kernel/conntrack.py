@@ -10,14 +10,11 @@ from __future__ import annotations
 import struct
 from typing import Iterator
 
-from kuryr_break0.kernel.netlink import attribute
-from kuryr_break0.kernel.netlink import Message
-from kuryr_break0.kernel.netlink import NESTED
-from kuryr_break0.kernel.netlink import number
+from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import nft
-from kuryr_break0.kernel.node import read_sysctl
+from kuryr_break0.kernel import node
 from kuryr_break0.kernel import wire
-from kuryr_break0.model import IPAddress
+from kuryr_break0 import model
 
 _DELETE = 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE
 _ORIGINAL, _REPLY = 1, 2  # CTA_TUPLE_ORIG, _REPLY; CTA_FILTER_*_FLAGS
@@ -25,7 +22,7 @@ _TUPLE_IP, _FILTER = 1, 25
 _SOURCE, _DESTINATION = 1, 2  # CTA_FILTER_F_CTA_IP_SRC, _DST; CTA_IP_V4_*
 
 
-def delete_connections(address: IPAddress) -> None:
+def delete_connections(address: model.IPAddress) -> None:
     """Delete the tracked connections of an address.
 
     The function does not wait for the kernel's answer. Kernels before Linux
@@ -33,11 +30,11 @@ def delete_connections(address: IPAddress) -> None:
 
     :raises KernelRefused: if no netlink socket can be opened
     """
-    if read_sysctl('netfilter/nf_conntrack_count'):
+    if node.read_sysctl('netfilter/nf_conntrack_count'):
         nft.post(list(deletions(address)))
 
 
-def deletions(address: IPAddress) -> Iterator[Message]:
+def deletions(address: model.IPAddress) -> Iterator[netlink.Message]:
     """Return one request for each role of an address in a connection.
 
     An address can be the source of a connection, its destination, or the
@@ -48,8 +45,9 @@ def deletions(address: IPAddress) -> Iterator[Message]:
                        (_REPLY, _SOURCE)):
         # CTA_IP_V6_SRC and CTA_IP_V6_DST are the IPv4 numbers plus 2.
         kind = end if address.version == 4 else end + 2
-        yield Message(_DELETE, 0, b''.join((
+        yield netlink.Message(_DELETE, 0, b''.join((
             struct.pack('!BBH', wire.family_of(address), 0, 0),
-            attribute(which, attribute(
-                _TUPLE_IP, attribute(kind, address.packed))),
-            attribute(NESTED | _FILTER, number(which, end)))))
+            netlink.attribute(which, netlink.attribute(
+                _TUPLE_IP, netlink.attribute(kind, address.packed))),
+            netlink.attribute(netlink.NESTED | _FILTER,
+                              netlink.number(which, end)))))

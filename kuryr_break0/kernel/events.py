@@ -16,13 +16,12 @@ from __future__ import annotations
 import dataclasses
 from typing import BinaryIO, NamedTuple, Optional
 
-from kuryr_break0.kernel.event_socket import EventSocket
+from kuryr_break0.kernel import event_socket
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import node
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
-from kuryr_break0.model import Entry
-from kuryr_break0.model import IPAddress
+from kuryr_break0 import model
 
 #: Maximum events of other namespaces to read at once; each takes about 5 us.
 MAX_EVENTS = 2048
@@ -60,12 +59,12 @@ class Event:
     is_gone: bool = False
     ifindex: Optional[int] = None
     link: Optional[values.Link] = None
-    dst: Optional[IPAddress] = None
-    item: Optional[Entry] = None
+    dst: Optional[model.IPAddress] = None
+    item: Optional[model.Entry] = None
     next_hops: tuple[values.NextHop, ...] = ()
 
 
-class Events(EventSocket):
+class Events(event_socket.EventSocket):
     """Receives the changes of the calling thread's namespace."""
 
     def __init__(self) -> None:
@@ -126,7 +125,7 @@ class Changes(NamedTuple):
     messages: int
 
 
-class NamespaceEvents(EventSocket):
+class NamespaceEvents(event_socket.EventSocket):
     """Receives the changes of all namespaces that have a number.
 
     A container can cause more events than this process can read. Excess

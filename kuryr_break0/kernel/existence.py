@@ -25,9 +25,8 @@ from typing import Iterator, NamedTuple, Optional, TextIO
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import node
-from kuryr_break0.kernel.rtnetlink import Netlink
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import Tap
+from kuryr_break0.kernel import rtnetlink
+from kuryr_break0 import model
 
 _PROC = '/proc'
 _FIRST_PROCESS_NAMESPACE = 0xeffffffc  # PROC_PID_INIT_INO
@@ -57,17 +56,17 @@ class Verdict(NamedTuple):
 LIVING, GONE = Verdict(State.LIVING), Verdict(State.GONE)
 
 
-def judge_state(path: Optional[str], namespace: Optional[NamespaceId],
-                tap: Optional[Tap] = None) -> State:
+def judge_state(path: Optional[str], namespace: Optional[model.NamespaceId],
+                tap: Optional[model.Tap] = None) -> State:
     """Return the state of a sandbox; see :meth:`Judge.judge`."""
     return Judge().judge(path, namespace, tap).state
 
 
-def find_taps() -> dict[str, Tap]:
+def find_taps() -> dict[str, model.Tap]:
     """Return the macvtaps of this namespace by MAC address."""
     own = namespaces.identify(namespaces.OWN_NETNS)
-    with Netlink() as netlink:
-        return {link.mac: Tap(own, link.mac) for link in netlink.links()
+    with rtnetlink.Netlink() as netlink:
+        return {link.mac: model.Tap(own, link.mac) for link in netlink.links()
                 if own is not None and link.kind == 'macvtap'}
 
 
@@ -95,8 +94,9 @@ class Judge:
         self._blindness: Optional[str] = None
         self._links: Optional[set[tuple[Optional[str], str]]] = None
 
-    def judge(self, path: Optional[str], namespace: Optional[NamespaceId],
-              tap: Optional[Tap] = None) -> Verdict:
+    def judge(self, path: Optional[str],
+              namespace: Optional[model.NamespaceId],
+              tap: Optional[model.Tap] = None) -> Verdict:
         """Return whether a sandbox's namespace or macvtap still exists.
 
         :param path: the recorded path of the namespace, or None
@@ -130,7 +130,7 @@ class Judge:
             return self._unknown(namespace, path, 'is not a namespace')
         return self._judge_by_directory(path, namespace)
 
-    def _judge_tap(self, tap: Tap) -> Verdict:
+    def _judge_tap(self, tap: model.Tap) -> Verdict:
         """Decide by the interfaces of the node.
 
         A missing macvtap counts as gone only if a macvlan exists. Otherwise
@@ -142,7 +142,7 @@ class Judge:
                            'network namespace than its macvtap was')
         try:
             if self._links is None:
-                with Netlink() as netlink:
+                with rtnetlink.Netlink() as netlink:
                     self._links = {(link.kind, link.mac)
                                    for link in netlink.links()}
         except exceptions.KernelRefused as err:
@@ -153,7 +153,7 @@ class Judge:
             return Verdict(State.UNKNOWN, 'the node has no break0')
         return GONE
 
-    def _judge_by_directory(self, path: str, namespace: NamespaceId
+    def _judge_by_directory(self, path: str, namespace: model.NamespaceId
                             ) -> Verdict:
         """Decide by the other namespaces in the directory of a path.
 
@@ -185,7 +185,7 @@ class Judge:
                                  'no other namespace is in %s' % place)
         return GONE
 
-    def _unknown(self, known: NamespaceId, path: Optional[str],
+    def _unknown(self, known: model.NamespaceId, path: Optional[str],
                  reason: str) -> Verdict:
         text = '%s: %s' % (path, reason) if path else 'its path is unknown'
         if known.cookie is not None:

@@ -25,7 +25,7 @@ from pyroute2 import netns as pyroute2_netns
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import netlink
-from kuryr_break0.kernel.values import Link
+from kuryr_break0.kernel import values
 
 LOG = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def repeat_dumps(action: str, function: Callable[..., _T], *args: Any) -> _T:
                                        err, 0) from err
 
 
-def create_macvlan(name: str, parent: Link, mac: str) -> None:
+def create_macvlan(name: str, parent: values.Link, mac: str) -> None:
     """Create a macvlan in bridge mode with IPDB, and leave it down.
 
     IPDB reads all interfaces of the node, as it does for Kuryr at each pod.

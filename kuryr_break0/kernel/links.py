@@ -9,20 +9,15 @@ import ipaddress
 import os
 from typing import Any, Callable, Optional
 
-from kuryr_break0.kernel.namespaces import open_namespace
+from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import netlink
-from kuryr_break0.kernel.netlink import attribute
-from kuryr_break0.kernel.netlink import Message
-from kuryr_break0.kernel.netlink import number
-from kuryr_break0.kernel.netlink import Received
-from kuryr_break0.kernel.netlink import text
-from kuryr_break0.kernel.netlink import tolerate_errors
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
-from kuryr_break0.model import IPAddress
+from kuryr_break0 import model
 
 
-_SKIP_COUNTERS = number(wire.IFLA_EXT_MASK, wire.RTEXT_FILTER_SKIP_STATS)
+_SKIP_COUNTERS = netlink.number(wire.IFLA_EXT_MASK,
+                                wire.RTEXT_FILTER_SKIP_STATS)
 _ANY_NUMBER = netlink.S32.pack(-1)  # NETNSA_NSID_NOT_ASSIGNED
 
 
@@ -34,22 +29,23 @@ class LinkSocket(netlink.RequestSocket):
 
     def _get(self, action: str, kind: int, body: bytes) -> Any:
         """Send a request that has a single answer, and return the answer."""
-        (answer,), _ = self._ask(action, Message(kind, 0, body), wire.parse)
+        (answer,), _ = self._ask(action, netlink.Message(kind, 0, body),
+                                 wire.parse)
         return answer
 
     def _list(self, action: str, kind: int, body: bytes,
-              read: Callable[[Received], Any] = wire.parse,
+              read: Callable[[netlink.Received], Any] = wire.parse,
               merges: bool = False) -> list[Any]:
-        return self._dump(action, Message(kind, 0, body), read, merges)
+        return self._dump(action, netlink.Message(kind, 0, body), read, merges)
 
     def link(self, name: str) -> Optional[values.Link]:
         """Return the interface with a name, or None."""
         if not _is_name(name):
             return None
-        with tolerate_errors(errno.ENODEV):
+        with netlink.tolerate_errors(errno.ENODEV):
             link: values.Link = self._get(
                 'read the interface ' + name, wire.RTM_GETLINK,
-                wire.pack_link() + text(wire.IFLA_IFNAME, name)
+                wire.pack_link() + netlink.text(wire.IFLA_IFNAME, name)
                 + _SKIP_COUNTERS)
             return link
         return None
@@ -80,36 +76,38 @@ class LinkSocket(netlink.RequestSocket):
             name there, 6.18 does not
         """
         flags = wire.IFF_UP if up else 0
-        with open_namespace(netns) as other:
+        with namespaces.open_namespace(netns) as other:
             self._order(
                 'create the macvlan %s on %s' % (name, parent.name),
-                Message(wire.RTM_NEWLINK,
-                        netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
-                        wire.pack_link(0, flags, flags)
-                        + text(wire.IFLA_IFNAME, name)
-                        + number(wire.IFLA_LINK, parent.index)
-                        + attribute(wire.IFLA_ADDRESS, wire.pack_mac(mac))
-                        + number(wire.IFLA_MTU, mtu)
-                        + number(wire.IFLA_NET_NS_FD, other)
-                        + wire.pack_macvlan()))
+                netlink.Message(
+                    wire.RTM_NEWLINK,
+                    netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+                    wire.pack_link(0, flags, flags)
+                    + netlink.text(wire.IFLA_IFNAME, name)
+                    + netlink.number(wire.IFLA_LINK, parent.index)
+                    + netlink.attribute(wire.IFLA_ADDRESS, wire.pack_mac(mac))
+                    + netlink.number(wire.IFLA_MTU, mtu)
+                    + netlink.number(wire.IFLA_NET_NS_FD, other)
+                    + wire.pack_macvlan()))
 
     def rename_and_set_up(self, link: values.Link, name: str) -> None:
         """Rename an interface that is down, and bring it up."""
-        self._alter('rename the interface %s to %s and set it up'
-                    % (link.name, name), link, text(wire.IFLA_IFNAME, name),
-                    wire.IFF_UP, wire.IFF_UP)
+        self._alter(
+            'rename the interface %s to %s and set it up' % (link.name, name),
+            link, netlink.text(wire.IFLA_IFNAME, name),
+            wire.IFF_UP, wire.IFF_UP)
 
     def set_mtu(self, link: values.Link, mtu: int) -> None:
-        self._set(link, 'MTU to %d' % mtu, number(wire.IFLA_MTU, mtu))
+        self._set(link, 'MTU to %d' % mtu, netlink.number(wire.IFLA_MTU, mtu))
 
     def set_mac(self, link: values.Link, mac: str) -> None:
         self._set(link, 'MAC address to ' + mac,
-                  attribute(wire.IFLA_ADDRESS, wire.pack_mac(mac)))
+                  netlink.attribute(wire.IFLA_ADDRESS, wire.pack_mac(mac)))
 
     def set_vrf(self, link: values.Link, vrf: Optional[values.Vrf]) -> None:
         """Move an interface into a VRF; None removes it from its VRF."""
-        self._set(link, 'VRF', number(wire.IFLA_MASTER,
-                                      vrf.ifindex if vrf else 0))
+        self._set(link, 'VRF',
+                  netlink.number(wire.IFLA_MASTER, vrf.ifindex if vrf else 0))
 
     def set_alias(self, link: values.Link, alias: str) -> None:
         """Set the alias of an interface.
@@ -117,11 +115,11 @@ class LinkSocket(netlink.RequestSocket):
         The kernel ignores an alias in the request that creates an interface.
         """
         self._set(link, 'alias to ' + alias,
-                  attribute(wire.IFLA_IFALIAS, os.fsencode(alias)))
+                  netlink.attribute(wire.IFLA_IFALIAS, os.fsencode(alias)))
 
     def set_group(self, link: values.Link, group: int) -> None:
         self._set(link, 'group to %d' % group,
-                  number(wire.IFLA_GROUP, group))
+                  netlink.number(wire.IFLA_GROUP, group))
 
     def set_link_up(self, link: values.Link) -> None:
         """Set an interface up, with multicast off."""
@@ -140,35 +138,36 @@ class LinkSocket(netlink.RequestSocket):
 
     def _alter(self, action: str, link: values.Link, attributes: bytes,
                flags: int = 0, mask: int = 0, advice: str = '') -> None:
-        self._order(action, Message(wire.RTM_NEWLINK, 0, wire.pack_link(
-            link.index, flags, mask) + attributes), advice=advice)
+        self._order(action, netlink.Message(
+            wire.RTM_NEWLINK, 0, wire.pack_link(link.index, flags, mask)
+            + attributes), advice=advice)
 
     def delete_link(self, name: str) -> None:
         """Delete an interface; do nothing if it does not exist."""
         if _is_name(name):
-            with tolerate_errors(errno.ENODEV):
-                self._order('delete the interface ' + name, Message(
+            with netlink.tolerate_errors(errno.ENODEV):
+                self._order('delete the interface ' + name, netlink.Message(
                     wire.RTM_DELLINK, 0,
-                    wire.pack_link() + text(wire.IFLA_IFNAME, name)))
+                    wire.pack_link() + netlink.text(wire.IFLA_IFNAME, name)))
 
-    def add_address(self, link: values.Link, address: IPAddress) -> None:
+    def add_address(self, link: values.Link, address: model.IPAddress) -> None:
         """Add a /32 or /128 address to an interface.
 
         Duplicate address detection is off, because it sends packets to the
         LAN.
         """
-        self._order('add the address %s to %s' % (address, link.name),
-                    Message(wire.RTM_NEWADDR,
-                            netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE,
-                            wire.pack_address(
-                                link.index, ipaddress.ip_interface(address),
-                                wire.IFA_F_NODAD * (address.version == 6))))
+        self._order(
+            'add the address %s to %s' % (address, link.name),
+            netlink.Message(
+                wire.RTM_NEWADDR, netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE,
+                wire.pack_address(link.index, ipaddress.ip_interface(address),
+                                  wire.IFA_F_NODAD * (address.version == 6))))
 
-    def delete_link_local(self, link: values.Link, address: IPAddress
+    def delete_link_local(self, link: values.Link, address: model.IPAddress
                           ) -> None:
         """Delete a link-local address that the kernel has assigned."""
         self._order('delete the address %s from %s' % (address, link.name),
-                    Message(wire.RTM_DELADDR, 0, wire.pack_address(
+                    netlink.Message(wire.RTM_DELADDR, 0, wire.pack_address(
                         link.index, ipaddress.ip_interface('%s/64' % address)
                     )))
 
@@ -197,7 +196,7 @@ class LinkSocket(netlink.RequestSocket):
     def namespace_number(self, fd: int) -> int:
         """Return the number of another namespace; -1 if it has none."""
         answer: int = self._get('read the id of a namespace', wire.RTM_GETNSID,
-                                bytes(4) + number(wire.NETNSA_FD, fd))
+                                bytes(4) + netlink.number(wire.NETNSA_FD, fd))
         return answer
 
     def ensure_namespace_number(self, fd: int) -> int:
@@ -208,10 +207,11 @@ class LinkSocket(netlink.RequestSocket):
         present = self.namespace_number(fd)
         if present >= 0:
             return present
-        with tolerate_errors(errno.EEXIST):
-            self._order('assign an id to a namespace', Message(
-                wire.RTM_NEWNSID, 0, bytes(4) + number(wire.NETNSA_FD, fd)
-                + attribute(wire.NETNSA_NSID, _ANY_NUMBER)))
+        with netlink.tolerate_errors(errno.EEXIST):
+            self._order('assign an id to a namespace', netlink.Message(
+                wire.RTM_NEWNSID, 0,
+                bytes(4) + netlink.number(wire.NETNSA_FD, fd)
+                + netlink.attribute(wire.NETNSA_NSID, _ANY_NUMBER)))
         return self.namespace_number(fd)
 
 

@@ -14,16 +14,14 @@ from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
-from kuryr_break0.kernel.node import tolerate_absence
-from kuryr_break0.kernel.rtnetlink import Netlink
+from kuryr_break0.kernel import node
+from kuryr_break0.kernel import rtnetlink
 from kuryr_break0.kernel import search
-from kuryr_break0.kernel.values import AddressState
-from kuryr_break0.kernel.values import Link
+from kuryr_break0.kernel import values
 from kuryr_break0.kernel.wire import IFA_F_DADFAILED
 from kuryr_break0.kernel.wire import IFA_F_TENTATIVE
 from kuryr_break0 import log
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import NamespaceId
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -62,15 +60,15 @@ class Macvlan(NamedTuple):
     """
 
     netns: str
-    namespace: NamespaceId
+    namespace: model.NamespaceId
     parent: str
-    link: Link
-    addresses: tuple[IPAddress, ...]
-    unproven: frozenset[IPAddress] = frozenset()
-    duplicates: frozenset[IPAddress] = frozenset()
+    link: values.Link
+    addresses: tuple[model.IPAddress, ...]
+    unproven: frozenset[model.IPAddress] = frozenset()
+    duplicates: frozenset[model.IPAddress] = frozenset()
     is_whole: bool = True
 
-    def require(self, addresses: Iterable[IPAddress],
+    def require(self, addresses: Iterable[model.IPAddress],
                 mac: Optional[str] = None) -> None:
         """Check that the macvlan has the given addresses.
 
@@ -89,7 +87,7 @@ class Macvlan(NamedTuple):
                     found=', '.join(map(str, self.addresses)) or 'no address')
 
 
-def list_macvlans_in(netns: str, namespace: Optional[NamespaceId] = None,
+def list_macvlans_in(netns: str, namespace: Optional[model.NamespaceId] = None,
                      limits: Limits = FULL_LIMITS, first: Iterable[str] = ()
                      ) -> list[Macvlan]:
     """List the macvlans in a namespace that have a parent on the node.
@@ -97,7 +95,7 @@ def list_macvlans_in(netns: str, namespace: Optional[NamespaceId] = None,
     :param namespace: the expected identity of the namespace; None for any
     :param first: names of interfaces to read before all others
     """
-    def listed(netlink: Netlink) -> list[Link]:
+    def listed(netlink: rtnetlink.Netlink) -> list[values.Link]:
         present = {link.name: link for link in netlink.macvlans()}
         ordered = {}
         for name in first:
@@ -141,9 +139,9 @@ def find_macvlan(netns: str, ifname: str,
         parent=parent or 'an interface of this node')
 
 
-def _read(netns: str, expected: Optional[NamespaceId],
-          listed: Callable[[Netlink], list[Link]], limits: Limits
-          ) -> list[Macvlan]:
+def _read(netns: str, expected: Optional[model.NamespaceId],
+          listed: Callable[[rtnetlink.Netlink], list[values.Link]],
+          limits: Limits) -> list[Macvlan]:
     """Read interfaces of a namespace; ``parent`` is empty if not on the node.
 
     If the parent of an interface is not on the node, the addresses of the
@@ -151,11 +149,11 @@ def _read(netns: str, expected: Optional[NamespaceId],
     thousands of addresses in it.
     """
     namespace = namespaces.require_other_namespace(netns, expected)
-    own_of: dict[int, list[AddressState]] = {}
+    own_of: dict[int, list[values.AddressState]] = {}
     with namespaces.open_namespace(namespaces.OWN_NETNS) as own, \
             namespaces.enter_namespace(netns, namespace), \
-            Netlink(most=limits.listed) as netlink, \
-            Netlink(most=limits.addresses) as reading:
+            rtnetlink.Netlink(most=limits.listed) as netlink, \
+            rtnetlink.Netlink(most=limits.addresses) as reading:
         links, room = listed(netlink), limits.addresses
         # When the kernel lists interfaces, it assigns a number to the
         # namespace of each parent. If the node's namespace contains no
@@ -187,7 +185,7 @@ def _read(netns: str, expected: Optional[NamespaceId],
     return macvlans
 
 
-def _parent_of(link: Link, own_number: int) -> str:
+def _parent_of(link: values.Link, own_number: int) -> str:
     """Return the name of a macvlan's parent; empty if not on the node.
 
     :param own_number: number of the node's namespace in the macvlan's
@@ -195,7 +193,8 @@ def _parent_of(link: Link, own_number: int) -> str:
         of the parent identifies no interface of the node
     """
     if link.lower_namespace == own_number and link.lower is not None:
-        with tolerate_absence('cannot find the name of a macvlan\'s parent'):
+        with node.tolerate_absence(
+                'cannot find the name of a macvlan\'s parent'):
             return socket.if_indextoname(link.lower)
     return ''
 

@@ -25,7 +25,7 @@ import sys
 from typing import Iterator, Optional
 
 from kuryr_break0 import exceptions
-from kuryr_break0.model import NamespaceId
+from kuryr_break0 import model
 
 #: The network namespace of this thread
 OWN_NETNS = '/proc/thread-self/ns/net'
@@ -43,7 +43,7 @@ _HANDLE = struct.Struct('=IiQII')  # size, type; id, kind, inode
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def identify(path: Optional[str]) -> Optional[NamespaceId]:
+def identify(path: Optional[str]) -> Optional[model.NamespaceId]:
     """Return the identity of the namespace at a path; None if there is none.
 
     Other files, such as a placeholder, a pipe or a device, are not opened.
@@ -53,7 +53,7 @@ def identify(path: Optional[str]) -> Optional[NamespaceId]:
     return None
 
 
-def identify_or_fail(path: str) -> NamespaceId:
+def identify_or_fail(path: str) -> model.NamespaceId:
     """Return the identity of the namespace at a path.
 
     :raises OSError: ENOENT if the path does not exist, ENXIO if the file is
@@ -64,21 +64,21 @@ def identify_or_fail(path: str) -> NamespaceId:
         return identify_file(fd)
 
 
-def identify_file(fd: int) -> NamespaceId:
+def identify_file(fd: int) -> model.NamespaceId:
     """Return the identity of an open namespace."""
     status = os.fstat(fd)
     number = bytearray(8)
     try:
         fcntl.ioctl(fd, _NS_GET_ID, number)
     except OSError:
-        return NamespaceId(status.st_dev, status.st_ino)
-    return NamespaceId(status.st_dev, status.st_ino,
-                       int.from_bytes(number, sys.byteorder))
+        return model.NamespaceId(status.st_dev, status.st_ino)
+    return model.NamespaceId(status.st_dev, status.st_ino,
+                             int.from_bytes(number, sys.byteorder))
 
 
 def require_other_namespace(path: str,
-                            identity: Optional[NamespaceId] = None
-                            ) -> NamespaceId:
+                            identity: Optional[model.NamespaceId] = None
+                            ) -> model.NamespaceId:
     """Return the identity of a namespace other than this thread's.
 
     :param identity: the identity, if the caller has read it
@@ -118,7 +118,7 @@ def _file(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def open_by_number(namespace: NamespaceId) -> int:
+def open_by_number(namespace: model.NamespaceId) -> int:
     """Open a namespace by its number.
 
     :returns: a file descriptor
@@ -138,8 +138,8 @@ def open_by_number(namespace: NamespaceId) -> int:
 
 
 @contextlib.contextmanager
-def open_namespace(netns: str,
-                   expected: Optional[NamespaceId] = None) -> Iterator[int]:
+def open_namespace(netns: str, expected: Optional[model.NamespaceId] = None
+                   ) -> Iterator[int]:
     """Open a namespace; the file descriptor is valid within the block.
 
     :param expected: its expected identity. If the path no longer leads to the
@@ -167,8 +167,8 @@ def open_namespace(netns: str,
 
 
 @contextlib.contextmanager
-def enter_namespace(netns: str,
-                    expected: Optional[NamespaceId] = None) -> Iterator[None]:
+def enter_namespace(netns: str, expected: Optional[model.NamespaceId] = None
+                    ) -> Iterator[None]:
     """Move this thread into another network namespace within the block."""
     with open_namespace(OWN_NETNS) as home:
         with open_namespace(netns, expected) as other:

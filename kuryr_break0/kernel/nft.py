@@ -17,16 +17,9 @@ import struct
 import threading
 from typing import Iterable, Iterator, Optional, Sequence
 
-from kuryr_break0.kernel.event_socket import EventSocket
+from kuryr_break0.kernel import event_socket
 from kuryr_break0.kernel import netlink
-from kuryr_break0.kernel.netlink import attribute
-from kuryr_break0.kernel.netlink import attributes
-from kuryr_break0.kernel.netlink import Message
-from kuryr_break0.kernel.netlink import NESTED
-from kuryr_break0.kernel.netlink import Received
-from kuryr_break0.kernel.netlink import text
-from kuryr_break0.kernel.netlink import tolerate_errors
-from kuryr_break0.model import Pair
+from kuryr_break0 import model
 
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
@@ -77,7 +70,7 @@ class Nft(netlink.RequestSocket):
                 if err.errno != errno.ENOBUFS:  # the buffer overflowed
                     return
 
-    def post(self, messages: Sequence[Message], drain: bool) -> None:
+    def post(self, messages: Sequence[netlink.Message], drain: bool) -> None:
         """Send messages without waiting for an answer.
 
         When this function returns, the kernel has processed the messages. The
@@ -96,7 +89,7 @@ class Nft(netlink.RequestSocket):
         if drain:
             self._drain()
 
-    def add(self, table: str, pairs: Iterable[Pair]) -> None:
+    def add(self, table: str, pairs: Iterable[model.Pair]) -> None:
         """Add guard entries; existing ones are no error.
 
         :raises KernelRefused: with ENOENT if the table does not exist
@@ -110,31 +103,32 @@ class Nft(netlink.RequestSocket):
                     pairs[start:start + _AT_ONCE],
                     lambda pair: pair.set_name)))
 
-    def delete(self, table: str, pairs: Iterable[Pair]) -> None:
+    def delete(self, table: str, pairs: Iterable[model.Pair]) -> None:
         """Delete guard entries; missing ones are no error.
 
         For each missing entry, the kernel undoes a batch, in about 15 ms.
         """
         for pair in pairs:  # in one batch, a missing entry would undo all
-            with tolerate_errors(errno.ENOENT):
+            with netlink.tolerate_errors(errno.ENOENT):
                 self._batch('delete a guard entry from the table ' + table,
                             _message(
                                 _DELSETELEM, 0, _elements(
                                     table, pair.set_name, [pair])))
 
-    def elements(self, table: str) -> set[Pair]:
+    def elements(self, table: str) -> set[model.Pair]:
         """List the guard entries of a table, by dumps.
 
         :raises KernelRefused: with ENOENT if the table does not exist
         """
-        elements: set[Pair] = set()
+        elements: set[model.Pair] = set()
         for name in SETS:
             for keys in self._dump(
                     'list a set of the table ' + table,
-                    _message(_GETSETELEM, 0, text(1, table) + text(2, name)),
+                    _message(_GETSETELEM, 0,
+                             netlink.text(1, table) + netlink.text(2, name)),
                     lambda message: list(_keys(message.body))):
-                elements.update(Pair(key[8:], key[:6]) if 'pairs' in name
-                                else Pair(key, None) for key in keys)
+                elements.update(model.Pair(key[8:], key[:6]) if 'pairs' in name
+                                else model.Pair(key, None) for key in keys)
         return elements
 
     def rules(self, table: str) -> list[int]:
@@ -142,7 +136,7 @@ class Nft(netlink.RequestSocket):
         return [int.from_bytes(rule.get(3, b''), 'big')
                 for rule in self._dump(
                     'list the rules of the table ' + table,
-                    _message(_GETRULE, 0, text(1, table)), _attributes)
+                    _message(_GETRULE, 0, netlink.text(1, table)), _attributes)
                 if netlink.read_text(rule.get(1)) == table]
 
     def has_source_rule(self, table: str, index: int, mac: bytes) -> bool:
@@ -151,8 +145,8 @@ class Nft(netlink.RequestSocket):
         The look-up takes one message in each direction, even if the pod has
         filled the table.
         """
-        chain = self._get(_GETCHAIN, text(1, table)
-                          + text(3, _source_chain(index, mac)))
+        chain = self._get(_GETCHAIN, netlink.text(1, table)
+                          + netlink.text(3, _source_chain(index, mac)))
         return chain is not None and chain.get(6) == _U32.pack(1)  # rules
 
     def add_source_rule(self, table: str, device: str, index: int,
@@ -169,10 +163,10 @@ class Nft(netlink.RequestSocket):
         if self.has_source_rule(table, index, mac):
             return False  # undoing a batch takes the kernel about 15 ms
         chain = _source_chain(index, mac)
-        hook = attribute(NESTED | 4, (
-            _be32(1, _EGRESS) + _be32(2, 0) + text(3, device)))
-        drop = attribute(NESTED | 2, attribute(
-            NESTED | 2, _be32(1, _NF_DROP)))
+        hook = netlink.attribute(netlink.NESTED | 4, (
+            _be32(1, _EGRESS) + _be32(2, 0) + netlink.text(3, device)))
+        drop = netlink.attribute(netlink.NESTED | 2, netlink.attribute(
+            netlink.NESTED | 2, _be32(1, _NF_DROP)))
         expressions = b''.join((
             _expression('meta', _be32(1, 1) + _be32(2, _META_OIF)),
             _compare(_EQUAL, struct.pack('=I', index)),
@@ -181,12 +175,12 @@ class Nft(netlink.RequestSocket):
         action = 'guard the interface ' + device
         creation = [
             _message(_NEWTABLE, netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
-                     text(1, table)),
+                     netlink.text(1, table)),
             _message(_NEWCHAIN, netlink.NLM_F_CREATE, (
-                text(1, table) + text(3, chain) + hook
-                + _be32(5, _NF_ACCEPT) + text(7, 'filter'))),
+                netlink.text(1, table) + netlink.text(3, chain) + hook
+                + _be32(5, _NF_ACCEPT) + netlink.text(7, 'filter'))),
             _rule(table, chain, expressions)]
-        with tolerate_errors(errno.EEXIST):
+        with netlink.tolerate_errors(errno.EEXIST):
             self._batch(action, *creation)
             return True
         # The table belongs to an earlier interface of this name.
@@ -222,26 +216,26 @@ class Nft(netlink.RequestSocket):
 
     def has_table(self, table: str) -> bool:
         """Return whether a table exists."""
-        return self._get(_GETTABLE, text(1, table)) is not None
+        return self._get(_GETTABLE, netlink.text(1, table)) is not None
 
     def delete_table(self, table: str) -> bool:
         """Delete a table; return whether it existed."""
         if not self.has_table(table):
             return False  # undoing a batch takes the kernel about 15 ms
-        with tolerate_errors(errno.ENOENT):
+        with netlink.tolerate_errors(errno.ENOENT):
             self._batch('delete the table ' + table, _deletion(table))
             return True
         return False
 
-    def _batch(self, action: str, *messages: Message) -> None:
+    def _batch(self, action: str, *messages: netlink.Message) -> None:
         """Send a batch, which the kernel applies as a whole or not at all."""
         edge = struct.pack('!BBH', 0, 0, _SUBSYSTEM)
-        self._order(action, Message(_BATCH_BEGIN, 0, edge), *messages,
-                    Message(_BATCH_END, 0, edge), acknowledged=-2)
+        self._order(action, netlink.Message(_BATCH_BEGIN, 0, edge), *messages,
+                    netlink.Message(_BATCH_END, 0, edge), acknowledged=-2)
 
     def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
         """Return the attributes of an object; None if it does not exist."""
-        with tolerate_errors(errno.ENOENT):
+        with netlink.tolerate_errors(errno.ENOENT):
             replies, _ = self._ask('read an nftables object',
                                    _message(kind, 0, body), _attributes)
             return next(iter(replies), None)
@@ -290,7 +284,7 @@ def open_node_nft(exclusive: bool = False) -> Nft:
     return kept
 
 
-def post(messages: Sequence[Message]) -> None:
+def post(messages: Sequence[netlink.Message]) -> None:
     """Send messages to netfilter without waiting for an answer.
 
     The socket stays open. The caller needs no lock, because no answer is read.
@@ -304,7 +298,7 @@ def post(messages: Sequence[Message]) -> None:
         open_node_nft().post(messages, drain=True)
 
 
-class NftEvents(EventSocket):
+class NftEvents(event_socket.EventSocket):
     """Receives deletions in this package's tables, in this namespace."""
 
     def __init__(self, prefix: str) -> None:
@@ -326,23 +320,24 @@ _EQUAL, _UNEQUAL = 0, 1  # NFT_CMP_EQ, NFT_CMP_NEQ
 _LINK, _NETWORK, _TRANSPORT = range(3)  # NFT_PAYLOAD_LL_HEADER and so on
 
 
-def _message(kind: int, flags: int, body: bytes) -> Message:
-    return Message(_SUBSYSTEM << 8 | kind, flags,
-                   struct.pack('!BBH', _NETDEV, 0, 0) + body)
+def _message(kind: int, flags: int, body: bytes) -> netlink.Message:
+    return netlink.Message(_SUBSYSTEM << 8 | kind, flags,
+                           struct.pack('!BBH', _NETDEV, 0, 0) + body)
 
 
 def _be32(kind: int, value: int) -> bytes:
-    return attribute(kind, _U32.pack(value))
+    return netlink.attribute(kind, _U32.pack(value))
 
 
 def _expression(name: str, data: bytes) -> bytes:
-    return attribute(NESTED | 1, text(1, name)
-                     + attribute(NESTED | 2, data))
+    return netlink.attribute(netlink.NESTED | 1, netlink.text(1, name)
+                             + netlink.attribute(netlink.NESTED | 2, data))
 
 
 def _compare(operator: int, value: bytes) -> bytes:
     return _expression('cmp', _be32(1, 1) + _be32(2, operator)
-                       + attribute(NESTED | 3, attribute(1, value)))
+                       + netlink.attribute(netlink.NESTED | 3,
+                                           netlink.attribute(1, value)))
 
 
 def _load(register: int, base: int, offset: int, size: int) -> bytes:
@@ -362,8 +357,8 @@ def _store(register: int, base: int, offset: int, size: int) -> bytes:
 
 
 def _load_value(register: int, value: bytes) -> bytes:
-    return _expression('immediate', _be32(1, register) + attribute(
-        NESTED | 2, attribute(1, value)))
+    return _expression('immediate', _be32(1, register) + netlink.attribute(
+        netlink.NESTED | 2, netlink.attribute(1, value)))
 
 
 def _source_chain(index: int, mac: bytes) -> str:
@@ -371,28 +366,34 @@ def _source_chain(index: int, mac: bytes) -> str:
     return 'source-%s-%d' % (mac.hex(), index)
 
 
-def _deletion(table: str) -> Message:
-    return _message(_DELTABLE, 0, text(1, table))
+def _deletion(table: str) -> netlink.Message:
+    return _message(_DELTABLE, 0, netlink.text(1, table))
 
 
-def _rule(table: str, chain: str, expressions: bytes) -> Message:
+def _rule(table: str, chain: str, expressions: bytes) -> netlink.Message:
     """Return the message that appends a rule to a chain."""
     return _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, (
-        text(1, table) + text(2, chain) + attribute(NESTED | 4, expressions)))
+        netlink.text(1, table) + netlink.text(2, chain)
+        + netlink.attribute(netlink.NESTED | 4, expressions)))
 
 
-def _elements(table: str, name: str, pairs: Iterable[Pair]) -> bytes:
-    return text(1, table) + text(2, name) + attribute(
-        NESTED | 3, b''.join(attribute(NESTED | 1, attribute(
-            NESTED | 1, attribute(1, pair.key))) for pair in pairs))
+def _elements(table: str, name: str, pairs: Iterable[model.Pair]) -> bytes:
+    elements = b''.join(
+        netlink.attribute(netlink.NESTED | 1, netlink.attribute(
+            netlink.NESTED | 1, netlink.attribute(1, pair.key)))
+        for pair in pairs)
+    return (netlink.text(1, table) + netlink.text(2, name)
+            + netlink.attribute(netlink.NESTED | 3, elements))
 
 
 def _keys(body: bytes) -> Iterator[bytes]:
-    for _, element in netlink.parse_list(attributes(body, 4).get(3, b'')):
-        value = attributes(attributes(element).get(1, b'')).get(1)
+    for _, element in netlink.parse_list(
+            netlink.attributes(body, 4).get(3, b'')):
+        key = netlink.attributes(element).get(1, b'')
+        value = netlink.attributes(key).get(1)
         if value:
             yield value
 
 
-def _attributes(message: Received) -> dict[int, bytes]:
-    return attributes(message.body, 4)
+def _attributes(message: netlink.Received) -> dict[int, bytes]:
+    return netlink.attributes(message.body, 4)

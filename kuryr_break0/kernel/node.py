@@ -18,7 +18,7 @@ from typing import Collection, Iterator, Optional
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel.wire import family_of
-from kuryr_break0.model import IPAddress
+from kuryr_break0 import model
 
 #: Flags in /proc/net/route and ipv6_route (linux/route.h, ipv6_route.h)
 RTF_GATEWAY = 0x2
@@ -118,8 +118,8 @@ def find_current_name(name: str, ifindex: Optional[int]) -> str:
     return name
 
 
-def find_source(address: IPAddress,
-                device: Optional[str] = None) -> Optional[IPAddress]:
+def find_source(address: model.IPAddress,
+                device: Optional[str] = None) -> Optional[model.IPAddress]:
     """Return the source address that the node uses towards an address.
 
     For an address of the node, the source is the address itself. The function

@@ -17,7 +17,7 @@ from typing import Any, Iterator, Optional
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel.wire import family_of
-from kuryr_break0.model import IPAddress
+from kuryr_break0 import model
 
 # RFC 792, RFC 4443: types of echo request and reply
 _TYPES = {4: (8, 0), 6: (128, 129)}
@@ -31,7 +31,7 @@ _BROADCAST = b'\xff' * 6
 _TRIES, _PAUSE = 3, 0.5
 
 
-def ping(address: IPAddress, count: int, timeout: float,
+def ping(address: model.IPAddress, count: int, timeout: float,
          vrf: int = 0) -> list[Optional[float]]:
     """Send echo requests, one after the other.
 
@@ -56,7 +56,7 @@ def ping(address: IPAddress, count: int, timeout: float,
                 for number in range(count)]
 
 
-def connect(address: IPAddress, port: int, count: int, timeout: float,
+def connect(address: model.IPAddress, port: int, count: int, timeout: float,
             vrf: int = 0) -> list[Optional[float]]:
     """Open TCP connections, one after the other.
 
@@ -82,7 +82,7 @@ def connect(address: IPAddress, port: int, count: int, timeout: float,
     return times
 
 
-def find_claimants(interface: str, address: IPAddress) -> list[str]:
+def find_claimants(interface: str, address: model.IPAddress) -> list[str]:
     """Probe a link for hosts that have an address.
 
     The probes (RFC 5227, RFC 4862) have the MAC address of the interface and
@@ -132,7 +132,7 @@ def _receive_for(wire: socket.socket, seconds: float
             return
 
 
-def _ping(wire: socket.socket, address: IPAddress, identifier: int,
+def _ping(wire: socket.socket, address: model.IPAddress, identifier: int,
           number: int, timeout: float) -> Optional[float]:
     request, reply = _TYPES[address.version]
     # For ICMPv6 the kernel computes the checksum again (RFC 3542, 3.1).
@@ -154,13 +154,13 @@ def _ping(wire: socket.socket, address: IPAddress, identifier: int,
     return None
 
 
-def _arp_probe(own: bytes, address: IPAddress) -> bytes:
+def _arp_probe(own: bytes, address: model.IPAddress) -> bytes:
     return (_BROADCAST + own + struct.pack('!HHHBBH', _ARP, 1, 0x0800, 6, 4,
                                            1)
             + own + bytes(4) + bytes(6) + address.packed)
 
 
-def _solicitation(own: bytes, address: IPAddress) -> bytes:
+def _solicitation(own: bytes, address: model.IPAddress) -> bytes:
     group = bytes.fromhex('ff0200000000000000000001ff') + address.packed[-3:]
     body = struct.pack('!BBHI', 135, 0, 0, 0) + address.packed
     pseudo = bytes(16) + group + struct.pack('!II', len(body), 58)
@@ -177,7 +177,7 @@ def _checksum(data: bytes) -> int:
     return ~total & 0xffff
 
 
-def _parse_claim(frame: bytes, address: IPAddress) -> Optional[bytes]:
+def _parse_claim(frame: bytes, address: model.IPAddress) -> Optional[bytes]:
     """Return the sender's MAC address if a frame claims an address."""
     kind, = struct.unpack_from('!H', frame + bytes(14), 12)
     packet = frame[14:]

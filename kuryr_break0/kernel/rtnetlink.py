@@ -14,18 +14,12 @@ from typing import (Any, Collection, Iterator, NamedTuple, Optional,
                     Sequence)
 
 from kuryr_break0 import exceptions
-from kuryr_break0.kernel.links import LinkSocket
+from kuryr_break0.kernel import links
 from kuryr_break0.kernel import netlink
-from kuryr_break0.kernel.node import find_ifindex
-from kuryr_break0.kernel.node import format_ifname
+from kuryr_break0.kernel import node
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
-from kuryr_break0.model import Entry
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import IPInterface
-from kuryr_break0.model import IPNetwork
-from kuryr_break0.model import Neighbour
+from kuryr_break0 import model
 
 #: Maximum changes in one request: the request and its errors must fit into the
 #: socket's buffers.
@@ -61,11 +55,11 @@ class Routes(NamedTuple):
     :ivar broadcast: broadcast addresses of the node's subnets
     """
 
-    host: tuple[HostRoute, ...]
-    next_hops: frozenset[IPAddress]
-    left_out: frozenset[IPAddress] = frozenset()
-    local: tuple[IPNetwork, ...] = ()
-    broadcast: frozenset[IPAddress] = frozenset()
+    host: tuple[model.HostRoute, ...]
+    next_hops: frozenset[model.IPAddress]
+    left_out: frozenset[model.IPAddress] = frozenset()
+    local: tuple[model.IPNetwork, ...] = ()
+    broadcast: frozenset[model.IPAddress] = frozenset()
 
 
 class Path(NamedTuple):
@@ -78,15 +72,16 @@ class Path(NamedTuple):
 
     device: str
     ifindex: int
-    gateway: Optional[IPAddress]
-    source: Optional[IPAddress]
+    gateway: Optional[model.IPAddress]
+    source: Optional[model.IPAddress]
 
 
-class Netlink(LinkSocket):
+class Netlink(links.LinkSocket):
     """One rtnetlink socket in the namespace of the calling thread."""
 
-    def configure(self, link: str, addresses: Sequence[IPInterface],
-                  routes: Sequence[tuple[IPNetwork, IPAddress]]) -> None:
+    def configure(self, link: str, addresses: Sequence[model.IPInterface],
+                  routes: Sequence[tuple[model.IPNetwork, model.IPAddress]]
+                  ) -> None:
         """Add addresses to an interface, and routes to its namespace.
 
         One request contains all addresses and routes. An address or a default
@@ -95,7 +90,7 @@ class Netlink(LinkSocket):
         :param routes: networks with their gateways
         :raises KernelRefused: for the first other error
         """
-        index = find_ifindex(link)
+        index = node.find_ifindex(link)
         if index is None:
             raise exceptions.KernelRefused(
                 'configure ' + link, os.strerror(errno.ENODEV), errno.ENODEV)
@@ -153,7 +148,8 @@ class Netlink(LinkSocket):
                 if place in refused else None
                 for place, change in enumerate(changes)]
 
-    def lookup(self, address: IPAddress, source: Optional[IPAddress] = None,
+    def lookup(self, address: model.IPAddress,
+               source: Optional[model.IPAddress] = None,
                vrf: int = 0) -> Optional[values.Route]:
         """Return the route to an address; None if there is none.
 
@@ -165,7 +161,8 @@ class Netlink(LinkSocket):
             return self._look_up(address, source, vrf)
         return None
 
-    def _look_up(self, address: IPAddress, source: Optional[IPAddress] = None,
+    def _look_up(self, address: model.IPAddress,
+                 source: Optional[model.IPAddress] = None,
                  vrf: int = 0) -> values.Route:
         # In strict mode the kernel refuses RTM_F_LOOKUP_TABLE for IPv6.
         self._set_option(netlink.NETLINK_GET_STRICT_CHK, 0)
@@ -179,7 +176,7 @@ class Netlink(LinkSocket):
             self._set_option(netlink.NETLINK_GET_STRICT_CHK)
         return route
 
-    def route_to(self, address: IPAddress) -> Optional[HostRoute]:
+    def route_to(self, address: model.IPAddress) -> Optional[model.HostRoute]:
         """Return the host route that is used for an address, or None.
 
         One look-up finds the route, unless its type is blackhole, unreachable
@@ -199,12 +196,13 @@ class Netlink(LinkSocket):
         return min((each for each in routes if each is not None),
                    key=lambda each: each.metric or 0, default=None)
 
-    def is_on_link(self, address: IPAddress) -> bool:
+    def is_on_link(self, address: model.IPAddress) -> bool:
         """Return whether an address is reached without a gateway."""
         route = self.lookup(address)
         return route is not None and route.is_on_link
 
-    def path_to(self, address: IPAddress, vrf: int = 0) -> Optional[Path]:
+    def path_to(self, address: model.IPAddress,
+                vrf: int = 0) -> Optional[Path]:
         """Return the path to an address; None if there is none.
 
         :param vrf: ifindex of the VRF to look in; 0 for none
@@ -220,7 +218,7 @@ class Netlink(LinkSocket):
                     next((each.gateway for each in answer.next_hops), None),
                     answer.src)
 
-    def neighbour(self, ifindex: int, address: IPAddress
+    def neighbour(self, ifindex: int, address: model.IPAddress
                   ) -> tuple[Optional[str], Optional[str]]:
         """Return MAC address and state of a neighbour; None if unknown."""
         try:
@@ -231,8 +229,9 @@ class Netlink(LinkSocket):
             return None, None
         return answer.mac or None, _NUD.get(answer.state, 'none')
 
-    def list_unresolved(self, ifindex: int, addresses: Collection[IPAddress]
-                        ) -> list[IPAddress]:
+    def list_unresolved(self, ifindex: int,
+                        addresses: Collection[model.IPAddress]
+                        ) -> list[model.IPAddress]:
         """Return the addresses that are being resolved on an interface.
 
         The function dumps the neighbours if look-ups would take longer.
@@ -250,9 +249,9 @@ class Netlink(LinkSocket):
         :param devices: ifindexes of the interfaces whose next hops are
             returned separately
         """
-        host: list[HostRoute] = []
-        local: list[IPNetwork] = []
-        broadcast: set[IPAddress] = set()
+        host: list[model.HostRoute] = []
+        local: list[model.IPNetwork] = []
+        broadcast: set[model.IPAddress] = set()
         next_hops = set(self._next_hop_objects())
         for family in (socket.AF_INET, socket.AF_INET6):
             for route in self._list('list the routes', wire.RTM_GETROUTE,
@@ -290,14 +289,15 @@ class Netlink(LinkSocket):
                 wire.ALL_NEXT_HOPS) for each in next_hops]
         return []
 
-    def host_routes_of(self, ifindex: int, table: int) -> list[HostRoute]:
+    def host_routes_of(self, ifindex: int, table: int
+                       ) -> list[model.HostRoute]:
         """List the direct host routes of an interface in a table, by dumps."""
         routes: list[values.Route] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             # The interface or the table may not exist.
             with netlink.tolerate_errors(errno.ENODEV, errno.ENOENT):
                 routes += self._list(
-                    'list the routes of ' + format_ifname(ifindex),
+                    'list the routes of ' + node.format_ifname(ifindex),
                     wire.RTM_GETROUTE,
                     wire.pack_route_dump(family, table, ifindex))
         return [host for host in (route.host_route for route in routes
@@ -306,7 +306,8 @@ class Netlink(LinkSocket):
                 if host is not None and host.direct]
 
     def next_hops(self, devices: Sequence[int] = (),
-                  protocol: Optional[int] = None) -> frozenset[IPAddress]:
+                  protocol: Optional[int] = None
+                  ) -> frozenset[model.IPAddress]:
         """Read the gateways of all routes, except on excluded interfaces.
 
         :param devices: ifindexes of the excluded interfaces
@@ -351,7 +352,7 @@ class Netlink(LinkSocket):
                         wire.pack_route_dump(
                             family, oif=oif, kind=values.RTN_UNICAST), read)
 
-    def neighbours(self, ifindex: int) -> list[Neighbour]:
+    def neighbours(self, ifindex: int) -> list[model.Neighbour]:
         """List the permanent neighbours of an interface, by a dump."""
         return [each for each in (
             state.permanent for state in self._neighbours(ifindex))
@@ -361,14 +362,15 @@ class Netlink(LinkSocket):
         neighbours: list[values.NeighbourState] = []
         with netlink.tolerate_errors(errno.ENODEV):
             neighbours = self._list(
-                'list the neighbours of ' + format_ifname(ifindex),
+                'list the neighbours of ' + node.format_ifname(ifindex),
                 wire.RTM_GETNEIGH, wire.pack_neighbour_dump(ifindex))
         return [each for each in neighbours if each.ifindex == ifindex]
 
 
-def _description(verb: values.Verb, what: Entry) -> str:
+def _description(verb: values.Verb, what: model.Entry) -> str:
     """Describe a change for error messages."""
-    kind, ifindex = (('route to', what.oif) if isinstance(what, HostRoute)
-                     else ('neighbour', what.ifindex))
+    kind, ifindex = (
+        ('route to', what.oif) if isinstance(what, model.HostRoute)
+        else ('neighbour', what.ifindex))
     return '%s the %s %s on %s' % (verb.value, kind, what.dst,
-                                   format_ifname(ifindex))
+                                   node.format_ifname(ifindex))

@@ -23,10 +23,9 @@ from typing import Hashable, Iterable, Iterator, Mapping, NamedTuple, Optional
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import node
-from kuryr_break0.kernel.node import tolerate_absence
-from kuryr_break0.kernel.rtnetlink import Netlink
+from kuryr_break0.kernel import rtnetlink
 from kuryr_break0 import log
-from kuryr_break0.model import NamespaceId
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -58,7 +57,7 @@ class NamespaceLocation(NamedTuple):
     """
 
     path: str
-    namespace: NamespaceId
+    namespace: model.NamespaceId
     process: Optional[str] = None
 
     @property
@@ -167,7 +166,7 @@ class _Processes:
         of another PID namespace, the list contains all processes.
         """
         since = self.note()
-        with tolerate_absence(_UNSEEN):
+        with node.tolerate_absence(_UNSEEN):
             return [path for path in self._paths(self._names_from(since))
                     if int(os.path.basename(path)) >= since]
         return []
@@ -227,7 +226,7 @@ def find_namespaces(processes: Iterable[str]) -> Iterator[NamespaceLocation]:
     """
     own = os.stat(namespaces.OWN_NETNS)
     for location in Search(processes).all({}):
-        with tolerate_absence(_UNSEEN):
+        with node.tolerate_absence(_UNSEEN):
             namespace = namespaces.identify_or_fail(location.path)
             if namespace[:2] != (own.st_dev, own.st_ino):
                 yield location._replace(namespace=namespace)
@@ -249,7 +248,7 @@ def examine_namespace(location: NamespaceLocation) -> ExaminedNamespace:
             location.path, namespaces.identify_file(fd))
         container = _find_container(location.process, fd)
         try:
-            with Netlink() as own:
+            with rtnetlink.Netlink() as own:
                 number = own.ensure_namespace_number(fd)
         except exceptions.KernelRefused as err:
             if err.is_exhausted:
@@ -325,18 +324,18 @@ def _match_paths(names: Iterable[str], processes: Iterable[str],
     paths: dict[Place, str] = {}
     inside: dict[Place, list[str]] = {}
     for path in names:
-        with tolerate_absence(_UNSEEN):
+        with node.tolerate_absence(_UNSEEN):
             place = namespaces.stat_namespace(path, own)
             if place:
                 paths.setdefault(place, path)
     for process in processes:
-        with tolerate_absence(_UNSEEN):
+        with node.tolerate_absence(_UNSEEN):
             place = namespaces.stat_namespace(process + _BY_PROCESS, own)
             if place:
                 inside.setdefault(place, []).append(process)
     return [NamespaceLocation(
         paths.get(place) or _choose_path(inside[place], earlier.get(place)),
-        NamespaceId(*place), next(iter(inside.get(place, ())), None))
+        model.NamespaceId(*place), next(iter(inside.get(place, ())), None))
         for place in sorted({**inside, **paths}, key=paths.__contains__)]
 
 
@@ -350,7 +349,7 @@ def _choose_path(processes: list[str], earlier: Optional[str]) -> str:
 
 def _read_start_time(path: str) -> float:
     """Return the start time of a process in ticks; infinite if it ended."""
-    with tolerate_absence(_UNSEEN), \
+    with node.tolerate_absence(_UNSEEN), \
             contextlib.suppress(IndexError, ValueError), \
             open(path[:-len(_BY_PROCESS)] + '/stat', 'rb') as file:
         # The program's name, in parentheses, may contain any byte.
@@ -359,7 +358,7 @@ def _read_start_time(path: str) -> float:
 
 
 def _list_names(directory: str) -> list[str]:
-    with tolerate_absence(_UNSEEN):
+    with node.tolerate_absence(_UNSEEN):
         return os.listdir(directory)
     return []
 

@@ -9,10 +9,7 @@ import enum
 import socket
 from typing import NamedTuple, Optional
 
-from kuryr_break0.model import Entry
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Neighbour
+from kuryr_break0 import model
 
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST = 1, 2, 3
@@ -34,7 +31,7 @@ class Verb(enum.Enum):
     DELETE = 'delete'
 
 
-Change = tuple[Verb, Entry]
+Change = tuple[Verb, model.Entry]
 
 
 class Vrf(NamedTuple):
@@ -100,7 +97,7 @@ class Link:
 class NextHop(NamedTuple):
     """A gateway, and the ifindex of its interface."""
 
-    gateway: IPAddress
+    gateway: model.IPAddress
     oif: Optional[int]
 
 
@@ -117,7 +114,7 @@ class Route(NamedTuple):
     """
 
     family: int
-    dst: Optional[IPAddress]
+    dst: Optional[model.IPAddress]
     dst_len: int
     type: int
     scope: int
@@ -125,19 +122,19 @@ class Route(NamedTuple):
     table: int
     flags: int
     oif: Optional[int]
-    src: Optional[IPAddress]
+    src: Optional[model.IPAddress]
     metric: int
     next_hops: tuple[NextHop, ...]
     is_multipath: bool
     is_altered: bool
 
     @property
-    def host_route(self) -> Optional[HostRoute]:
+    def host_route(self) -> Optional[model.HostRoute]:
         """Return the route as a :class:`HostRoute`; None for other routes."""
         if (self.dst is None or self.dst_len != self.dst.max_prefixlen
                 or self.type == RTN_LOCAL or self.flags & RTM_F_CLONED):
             return None
-        return HostRoute(
+        return model.HostRoute(
             self.dst, self.oif, self.protocol, self.table, self.src,
             self.metric,
             direct=self.is_on_link and not self.is_altered and (
@@ -158,14 +155,14 @@ class InterfaceAddress(NamedTuple):
     """
 
     ifindex: int
-    address: IPAddress
+    address: model.IPAddress
 
 
 class AddressState(NamedTuple):
     """An :class:`InterfaceAddress` with the lower 8 bits of its flags."""
 
     ifindex: int
-    address: IPAddress
+    address: model.IPAddress
     flags: int
 
 
@@ -175,15 +172,15 @@ class NeighbourState(NamedTuple):
     :ivar protocol: None if no program has set a protocol
     """
 
-    dst: Optional[IPAddress]
+    dst: Optional[model.IPAddress]
     ifindex: int
     state: int
     mac: str
     protocol: Optional[int]
 
     @property
-    def permanent(self) -> Optional[Neighbour]:
+    def permanent(self) -> Optional[model.Neighbour]:
         """Return a permanent neighbour as a :class:`Neighbour`, or None."""
         if self.dst is None or not self.state & NUD_PERMANENT:
             return None
-        return Neighbour(self.dst, self.ifindex, self.mac, self.protocol)
+        return model.Neighbour(self.dst, self.ifindex, self.mac, self.protocol)

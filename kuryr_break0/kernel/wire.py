@@ -16,19 +16,8 @@ import struct
 from typing import Any, Iterator, Optional
 
 from kuryr_break0.kernel import netlink
-from kuryr_break0.kernel.netlink import attribute
-from kuryr_break0.kernel.netlink import attributes
-from kuryr_break0.kernel.netlink import Message
-from kuryr_break0.kernel.netlink import number
-from kuryr_break0.kernel.netlink import read_number
-from kuryr_break0.kernel.netlink import read_text
 from kuryr_break0.kernel import values
-from kuryr_break0.model import address_from_bytes
-from kuryr_break0.model import Entry
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import IPInterface
-from kuryr_break0.model import IPNetwork
+from kuryr_break0 import model
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -97,49 +86,50 @@ def pack_mac(mac: str) -> bytes:
     return bytes.fromhex(mac.replace(':', ''))
 
 
-def change(verb: values.Verb, what: Entry) -> Message:
+def change(verb: values.Verb, what: model.Entry) -> netlink.Message:
     """Return the message that sets or deletes a route or a neighbour."""
     deletes = verb is values.Verb.DELETE
-    if isinstance(what, HostRoute):
-        return Message(RTM_DELROUTE if deletes else RTM_NEWROUTE,
-                       _FLAGS[verb], _pack_route(what, deletes))
+    if isinstance(what, model.HostRoute):
+        return netlink.Message(RTM_DELROUTE if deletes else RTM_NEWROUTE,
+                               _FLAGS[verb], _pack_route(what, deletes))
     body = pack_neighbour(what.dst, what.ifindex,
                           0 if deletes else values.NUD_PERMANENT)
     if not deletes:
-        body += attribute(NDA_LLADDR, pack_mac(what.mac))
+        body += netlink.attribute(NDA_LLADDR, pack_mac(what.mac))
         if what.protocol is not None:
-            body += attribute(NDA_PROTOCOL, bytes([what.protocol]))
-    return Message(RTM_DELNEIGH if deletes else RTM_NEWNEIGH, _FLAGS[verb],
-                   body)
+            body += netlink.attribute(NDA_PROTOCOL, bytes([what.protocol]))
+    return netlink.Message(RTM_DELNEIGH if deletes else RTM_NEWNEIGH,
+                           _FLAGS[verb], body)
 
 
-def _pack_route(what: HostRoute, deletes: bool) -> bytes:
+def _pack_route(what: model.HostRoute, deletes: bool) -> bytes:
     body = _ROUTE.pack(
         family_of(what.dst), what.dst.max_prefixlen, 0, 0,
         what.table if what.table < 256 else RT_TABLE_COMPAT, what.protocol,
         RT_SCOPE_NOWHERE if deletes else values.RT_SCOPE_LINK,
         values.RTN_UNICAST, 0)
-    body += attribute(RTA_DST, what.dst.packed)
+    body += netlink.attribute(RTA_DST, what.dst.packed)
     if what.oif is not None:
-        body += number(RTA_OIF, what.oif)
+        body += netlink.number(RTA_OIF, what.oif)
     if what.metric is not None:
-        body += number(RTA_PRIORITY, what.metric)
+        body += netlink.number(RTA_PRIORITY, what.metric)
     if what.table >= 256:
-        body += number(RTA_TABLE, what.table)
+        body += netlink.number(RTA_TABLE, what.table)
     if what.src is not None:
-        body += attribute(RTA_PREFSRC, what.src.packed)
+        body += netlink.attribute(RTA_PREFSRC, what.src.packed)
     return body
 
 
-def pack_neighbour(dst: IPAddress, ifindex: int, state: int = 0) -> bytes:
+def pack_neighbour(dst: model.IPAddress, ifindex: int,
+                   state: int = 0) -> bytes:
     """Pack the header and the address of a neighbour."""
     return (_NEIGHBOUR.pack(family_of(dst), ifindex, state, 0, 0)
-            + attribute(NDA_DST, dst.packed))
+            + netlink.attribute(NDA_DST, dst.packed))
 
 
 def pack_neighbour_dump(ifindex: int) -> bytes:
     """Pack the request for all neighbours of an interface."""
-    return bytes(_NEIGHBOUR.size) + number(NDA_IFINDEX, ifindex)
+    return bytes(_NEIGHBOUR.size) + netlink.number(NDA_IFINDEX, ifindex)
 
 
 def pack_route_dump(family: int, table: int = 0, oif: Optional[int] = None,
@@ -148,19 +138,20 @@ def pack_route_dump(family: int, table: int = 0, oif: Optional[int] = None,
     body = _ROUTE.pack(family, 0, 0, 0, table if table < 256 else 0, 0, 0,
                        kind, 0)
     if table >= 256:
-        body += number(RTA_TABLE, table)
-    return body if oif is None else body + number(RTA_OIF, oif)
+        body += netlink.number(RTA_TABLE, table)
+    return body if oif is None else body + netlink.number(RTA_OIF, oif)
 
 
-def pack_lookup(address: IPAddress, flags: int = 0,
-                source: Optional[IPAddress] = None, vrf: int = 0) -> bytes:
+def pack_lookup(address: model.IPAddress, flags: int = 0,
+                source: Optional[model.IPAddress] = None,
+                vrf: int = 0) -> bytes:
     """Pack a request to look up the route of a packet to an address."""
     body = _ROUTE.pack(family_of(address), address.max_prefixlen,
                        source.max_prefixlen if source else 0, 0, 0, 0, 0, 0,
-                       flags) + attribute(RTA_DST, address.packed)
+                       flags) + netlink.attribute(RTA_DST, address.packed)
     if vrf:
-        body += number(RTA_OIF, vrf)
-    return body + attribute(RTA_SRC, source.packed) if source else body
+        body += netlink.number(RTA_OIF, vrf)
+    return body + netlink.attribute(RTA_SRC, source.packed) if source else body
 
 
 def pack_address_dump(ifindex: int) -> bytes:
@@ -168,23 +159,25 @@ def pack_address_dump(ifindex: int) -> bytes:
     return _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, ifindex)
 
 
-def pack_address(ifindex: int, address: IPInterface,
+def pack_address(ifindex: int, address: model.IPInterface,
                  flags: int = 0) -> bytes:
     """Pack an address with its prefix length."""
     packed = address.ip.packed
     return (_IFADDR.pack(family_of(address), address.network.prefixlen, flags,
                          0, ifindex)
-            + attribute(IFA_LOCAL, packed) + attribute(IFA_ADDRESS, packed))
+            + netlink.attribute(IFA_LOCAL, packed)
+            + netlink.attribute(IFA_ADDRESS, packed))
 
 
-def pack_gateway_route(network: IPNetwork, gateway: IPAddress) -> bytes:
+def pack_gateway_route(network: model.IPNetwork,
+                       gateway: model.IPAddress) -> bytes:
     """Pack a route with a gateway in table main."""
     body = _ROUTE.pack(
         family_of(gateway), network.prefixlen, 0, 0, RT_TABLE_MAIN,
         RTPROT_STATIC, values.RT_SCOPE_UNIVERSE, values.RTN_UNICAST, 0)
     if network.prefixlen:
-        body += attribute(RTA_DST, network.network_address.packed)
-    return body + attribute(RTA_GATEWAY, gateway.packed)
+        body += netlink.attribute(RTA_DST, network.network_address.packed)
+    return body + netlink.attribute(RTA_GATEWAY, gateway.packed)
 
 
 def pack_link(ifindex: int = 0, flags: int = 0, change: int = 0) -> bytes:
@@ -194,42 +187,43 @@ def pack_link(ifindex: int = 0, flags: int = 0, change: int = 0) -> bytes:
 
 def pack_macvlan() -> bytes:
     """Pack the attributes of a macvlan in bridge mode."""
-    return attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND, b'macvlan')
-                     + attribute(IFLA_INFO_DATA, number(
-                         IFLA_MACVLAN_MODE, MACVLAN_MODE_BRIDGE)))
+    return netlink.attribute(
+        IFLA_LINKINFO, netlink.attribute(IFLA_INFO_KIND, b'macvlan')
+        + netlink.attribute(IFLA_INFO_DATA, netlink.number(
+            IFLA_MACVLAN_MODE, MACVLAN_MODE_BRIDGE)))
 
 
 #: Restricts a dump of interfaces to macvlans
-OF_KIND_MACVLAN = attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND,
-                                                     b'macvlan'))
+OF_KIND_MACVLAN = netlink.attribute(
+    IFLA_LINKINFO, netlink.attribute(IFLA_INFO_KIND, b'macvlan'))
 
 
 def parse_link(body: bytes) -> values.Link:
     _, hardware, index, flags, _ = _IFINFO.unpack_from(body)
-    attrs = attributes(body, _IFINFO.size)
-    info = attributes(attrs.get(IFLA_LINKINFO, b''))
-    kind = read_text(info.get(IFLA_INFO_KIND))
+    attrs = netlink.attributes(body, _IFINFO.size)
+    info = netlink.attributes(attrs.get(IFLA_LINKINFO, b''))
+    kind = netlink.read_text(info.get(IFLA_INFO_KIND))
     mode = vrf = None
     if kind in ('macvlan', 'macvtap'):
-        mode = _MODES.get(read_number(attributes(info.get(
+        mode = _MODES.get(netlink.read_number(netlink.attributes(info.get(
             IFLA_INFO_DATA, b'')).get(IFLA_MACVLAN_MODE)) or 0)
-    master = read_number(attrs.get(IFLA_MASTER))
-    below = read_text(info.get(IFLA_INFO_SLAVE_KIND))
+    master = netlink.read_number(attrs.get(IFLA_MASTER))
+    below = netlink.read_text(info.get(IFLA_INFO_SLAVE_KIND))
     if below == 'vrf':
-        table = attributes(info.get(IFLA_INFO_SLAVE_DATA, b'')).get(
+        table = netlink.attributes(info.get(IFLA_INFO_SLAVE_DATA, b'')).get(
             IFLA_VRF_PORT_TABLE)
-        vrf = values.Vrf(master or 0, read_number(table) or 0)
+        vrf = values.Vrf(master or 0, netlink.read_number(table) or 0)
     lower = attrs.get(IFLA_LINK_NETNSID)
     return values.Link(
-        name=read_text(attrs.get(IFLA_IFNAME)) or '', index=index, kind=kind,
-        mode=mode, lower=read_number(attrs.get(IFLA_LINK)),
+        name=netlink.read_text(attrs.get(IFLA_IFNAME)) or '', index=index,
+        kind=kind, mode=mode, lower=netlink.read_number(attrs.get(IFLA_LINK)),
         lower_namespace=netlink.S32.unpack(lower)[0] if lower else None,
-        mtu=read_number(attrs.get(IFLA_MTU)) or 0,
+        mtu=netlink.read_number(attrs.get(IFLA_MTU)) or 0,
         mac=attrs.get(IFLA_ADDRESS, b'').hex(':'),
-        alias=read_text(attrs.get(IFLA_IFALIAS)),
+        alias=netlink.read_text(attrs.get(IFLA_IFALIAS)),
         multicast=bool(flags & IFF_MULTICAST), up=bool(flags & IFF_UP),
         loopback=bool(flags & IFF_LOOPBACK),
-        group=read_number(attrs.get(IFLA_GROUP)) or 0,
+        group=netlink.read_number(attrs.get(IFLA_GROUP)) or 0,
         carrier=bool(flags & IFF_LOWER_UP), vrf=vrf,
         port_of=master if below in _RECEIVERS else None,
         ethernet=hardware == ARPHRD_ETHER)
@@ -238,13 +232,13 @@ def parse_link(body: bytes) -> values.Link:
 def parse_route(body: bytes) -> values.Route:
     (family, dst_len, _, _, table, protocol, scope, kind,
      flags) = _ROUTE.unpack_from(body)
-    attrs = attributes(body, _ROUTE.size)
-    oif = read_number(attrs.get(RTA_OIF))
+    attrs = netlink.attributes(body, _ROUTE.size)
+    oif = netlink.read_number(attrs.get(RTA_OIF))
     return values.Route(
         family, _address(attrs.get(RTA_DST)), dst_len, kind, scope, protocol,
-        read_number(attrs.get(RTA_TABLE)) or table, flags,
+        netlink.read_number(attrs.get(RTA_TABLE)) or table, flags,
         oif, _address(attrs.get(RTA_PREFSRC)),
-        read_number(attrs.get(RTA_PRIORITY)) or 0,
+        netlink.read_number(attrs.get(RTA_PRIORITY)) or 0,
         tuple(_next_hops(attrs, oif)), RTA_MULTIPATH in attrs,
         RTA_METRICS in attrs or RTA_ENCAP in attrs)
 
@@ -255,19 +249,19 @@ def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
     A group has no gateway, but refers to other nexthop objects.
     Nexthop objects of a forwarding database (fdb) belong to no route.
     """
-    attrs = attributes(body, _NEXT_HOP_OBJECT.size)
+    attrs = netlink.attributes(body, _NEXT_HOP_OBJECT.size)
     gateway = _address(attrs.get(NHA_GATEWAY))
     if gateway is None or NHA_FDB in attrs:
         return ()
-    return (values.NextHop(gateway, read_number(attrs.get(NHA_OIF))),)
+    return (values.NextHop(gateway, netlink.read_number(attrs.get(NHA_OIF))),)
 
 
 def parse_rule(body: bytes) -> tuple[int, int, int]:
     """Parse family, priority and table of a rule only."""
     family, table, _ = _RULE.unpack_from(body)
-    attrs = attributes(body, _RULE.size)
-    return (family, read_number(attrs.get(FRA_PRIORITY)) or 0,
-            read_number(attrs.get(FRA_TABLE)) or table)
+    attrs = netlink.attributes(body, _RULE.size)
+    return (family, netlink.read_number(attrs.get(FRA_PRIORITY)) or 0,
+            netlink.read_number(attrs.get(FRA_TABLE)) or table)
 
 
 def route_protocol(body: bytes) -> int:
@@ -283,7 +277,7 @@ def changed_flags(body: bytes) -> int:
 def parse_address(body: bytes) -> Optional[values.AddressState]:
     """Parse an address; None for another family, such as MCTP."""
     _, _, flags, _, ifindex = _IFADDR.unpack_from(body)
-    attrs = attributes(body, _IFADDR.size)
+    attrs = netlink.attributes(body, _IFADDR.size)
     address = _address(attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS))
     return None if address is None else values.AddressState(
         ifindex, address, flags)
@@ -291,7 +285,7 @@ def parse_address(body: bytes) -> Optional[values.AddressState]:
 
 def parse_neighbour(body: bytes) -> values.NeighbourState:
     _, ifindex, state, _, _ = _NEIGHBOUR.unpack_from(body)
-    attrs = attributes(body, _NEIGHBOUR.size)
+    attrs = netlink.attributes(body, _NEIGHBOUR.size)
     protocol = attrs.get(NDA_PROTOCOL)
     return values.NeighbourState(
         _address(attrs.get(NDA_DST)), ifindex, state,
@@ -301,7 +295,7 @@ def parse_neighbour(body: bytes) -> values.NeighbourState:
 
 def parse_nsid(body: bytes) -> int:
     """Parse the number of a namespace; -1 if it has none."""
-    nsid = attributes(body, 4).get(NETNSA_NSID)
+    nsid = netlink.attributes(body, 4).get(NETNSA_NSID)
     return int(netlink.S32.unpack(nsid)[0]) if nsid else -1
 
 
@@ -325,7 +319,7 @@ def parse(message: netlink.Received) -> Any:
                       '%r' % (message.kind, err)) from err
 
 
-def family_of(address: IPAddress) -> int:
+def family_of(address: model.IPAddress) -> int:
     """Return the address family of an address."""
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
@@ -344,13 +338,13 @@ def _next_hops(attrs: dict[int, bytes],
         length, _, _, ifindex = _NEXT_HOP.unpack_from(hops, start)
         if length < _NEXT_HOP.size:
             break
-        yield from _next_hops(attributes(hops[start:start + length],
-                                         _NEXT_HOP.size), ifindex)
+        yield from _next_hops(netlink.attributes(
+            hops[start:start + length], _NEXT_HOP.size), ifindex)
         start += length + 3 & ~3
 
 
-def _address(packed: Optional[bytes]) -> Optional[IPAddress]:
+def _address(packed: Optional[bytes]) -> Optional[model.IPAddress]:
     """Parse an IP address; None if absent or of another family."""
     if packed is None or len(packed) not in (4, 16):
         return None
-    return address_from_bytes(packed)
+    return model.address_from_bytes(packed)

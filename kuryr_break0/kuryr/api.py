@@ -22,8 +22,7 @@ from os_vif.objects import base as osv_base
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kuryr import vif as break0_vif
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import IPNetwork
+from kuryr_break0 import model
 
 _NO_VIF = 'it has no VIF yet'
 
@@ -44,8 +43,8 @@ class Port:
     pod: str
     ifname: str = ''
     mac: str = ''
-    addresses: tuple[IPAddress, ...] = ()
-    subnets: tuple[IPNetwork, ...] = ()
+    addresses: tuple[model.IPAddress, ...] = ()
+    subnets: tuple[model.IPNetwork, ...] = ()
     refusal: Optional[str] = None
     damaged: Optional[str] = None
 

@@ -24,8 +24,7 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger import readers
 from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -70,7 +69,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         :raises PodNotConnected: if the kernel refuses the pod's interface or,
             in strict mode, if break0 cannot bind the pod
         """
-        owner = Owner(container_id, ifname)
+        owner = model.Owner(container_id, ifname)
         unreachable = '%s may not be reachable from its node' % _describe(
             owner, vif)
         options = None
@@ -100,7 +99,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             Break0Manager(options).bind(
                 owner, break0_vif.addresses(vif), parent=self._parent,
                 mac=str(vif.address), netns=sandbox,
-                subnets=break0_vif.subnets(vif), origin=Origin.KURYR,
+                subnets=break0_vif.subnets(vif), origin=model.Origin.KURYR,
                 pod=patches.pod_name())
             self._housekeep(options)
         except Exception as err:  # the pod starts despite any error
@@ -121,7 +120,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         If the namespace is gone, its interfaces are gone too, and Kuryr is not
         called.
         """
-        owner = Owner(container_id, ifname)
+        owner = model.Owner(container_id, ifname)
         still_routed = '%s may still have a route through break0' % _describe(
             owner, vif)
         options = sandbox = None
@@ -242,7 +241,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             _log(consequence, err)
 
 
-def _describe(owner: Owner, vif: Any) -> str:
+def _describe(owner: model.Owner, vif: Any) -> str:
     """Return the pod with its name, owner and addresses, for log lines."""
     addresses: list[str] = []
     with contextlib.suppress(Exception):  # a KuryrPort may contain anything

@@ -10,8 +10,7 @@ from typing import Any
 from kuryr_kubernetes.objects import vif as k_vif
 from oslo_versionedobjects import base as obj_base
 
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import IPNetwork
+from kuryr_break0 import model
 
 
 # os_vif_plugin registers the class; this decorator only prepares it.
@@ -31,14 +30,14 @@ class VIFMacvlanBreak0(k_vif.VIFMacvlanNested):  # type: ignore[misc]
         return k_vif.VIFMacvlanNested.obj_name()  # type: ignore[no-any-return]
 
 
-def addresses(vif: Any) -> list[IPAddress]:
+def addresses(vif: Any) -> list[model.IPAddress]:
     """Return the fixed IPs of all subnets of a VIF."""
     return [ipaddress.ip_address(str(fixed_ip.address))
             for subnet in vif.network.subnets.objects
             for fixed_ip in subnet.ips.objects]
 
 
-def subnets(vif: Any) -> list[IPNetwork]:
+def subnets(vif: Any) -> list[model.IPNetwork]:
     """Return the networks of the subnets of a VIF."""
     return [ipaddress.ip_network(str(subnet.cidr), strict=False)
             for subnet in vif.network.subnets.objects]

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 from typing import Callable, Collection, NamedTuple, Optional
 
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
+from kuryr_break0 import model
 
-Claims = tuple[Record, ...]
+Claims = tuple[model.Record, ...]
 
 
 class Addition(NamedTuple):
@@ -47,8 +44,8 @@ class Transition(NamedTuple):
             self.before[0], self.after[0])
 
 
-def split(claims: Collection[Record],
-          is_gone: Callable[[Record], bool]) -> tuple[Claims, Claims]:
+def split(claims: Collection[model.Record],
+          is_gone: Callable[[model.Record], bool]) -> tuple[Claims, Claims]:
     """Return the remaining claims and the gone claims, each in order.
 
     :param is_gone: returns whether a claim is gone, for example because its
@@ -58,8 +55,8 @@ def split(claims: Collection[Record],
     return tuple(claim for claim in claims if claim not in gone), gone
 
 
-def add(record: Record, claims: Claims,
-        is_gone: Callable[[Record], bool]) -> Addition:
+def add(record: model.Record, claims: Claims,
+        is_gone: Callable[[model.Record], bool]) -> Addition:
     """Add a claim, which replaces the earlier claims of its interface.
 
     If the owner of the claim already has a newer claim, nothing changes: the
@@ -77,7 +74,7 @@ def add(record: Record, claims: Claims,
     return Addition((record, *kept), rivals)
 
 
-def is_of_same_interface(claim: Record, record: Record) -> bool:
+def is_of_same_interface(claim: model.Record, record: model.Record) -> bool:
     """Return whether a claim is an earlier claim of the same interface.
 
     The owner of a discovered or rebuilt claim is not the owner that the
@@ -85,14 +82,15 @@ def is_of_same_interface(claim: Record, record: Record) -> bool:
     the interface are compared instead.
     """
     return claim.owner == record.owner or (
-        (claim.origin is Origin.DISCOVERED or claim.is_rebuilt)
+        (claim.origin is model.Origin.DISCOVERED or claim.is_rebuilt)
         and claim.owner.ifname == record.owner.ifname
         and claim.namespace is not None
         and claim.namespace == record.namespace)
 
 
-def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
-           mac: Optional[str], bound_at: Optional[float] = None) -> bool:
+def is_own(claim: model.Record, owner: model.Owner,
+           namespace: Optional[model.NamespaceId], mac: Optional[str],
+           bound_at: Optional[float] = None) -> bool:
     """Return whether an unbind for an owner drops a claim.
 
     The container id of an adopted container is unknown. The namespace alone
@@ -109,11 +107,13 @@ def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
     return claim.owner == owner or (
         namespace is not None and mac is not None and claim.mac == mac
         and claim.owner in (
-            Owner.adopted(namespace, owner.ifname),
-            Owner.adopted(namespace._replace(cookie=None), owner.ifname)))
+            model.Owner.adopted(namespace, owner.ifname),
+            model.Owner.adopted(namespace._replace(cookie=None),
+                                owner.ifname)))
 
 
-def can_own_items(claims: Collection[Record], mac: Optional[str]) -> bool:
+def can_own_items(claims: Collection[model.Record],
+                  mac: Optional[str]) -> bool:
     """Return whether the route and the neighbour can belong to the claims.
 
     If not, the items belong to an unrecorded pod or to another ledger. A claim

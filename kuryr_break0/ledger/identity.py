@@ -16,9 +16,9 @@ import secrets
 from typing import Any, NamedTuple, Optional
 
 from kuryr_break0 import exceptions
-from kuryr_break0.kernel.values import Link
+from kuryr_break0.kernel import values
 from kuryr_break0.ledger import files
-from kuryr_break0.model import MAC
+from kuryr_break0 import model
 
 _VERSION = 1
 _MAX_SIZE = 2 ** 16
@@ -90,7 +90,7 @@ class Identity:
                     and all(isinstance(text, str) for names in (
                         parsed.devices, parsed.macs, parsed.claimed)
                         for pair in names.items() for text in pair)
-                    and all(map(MAC.fullmatch, parsed.macs.values()))):
+                    and all(map(model.MAC.fullmatch, parsed.macs.values()))):
                 raise ValueError('one of its values has the wrong format')
         except (AttributeError, KeyError, TypeError, RecursionError) as err:
             raise ValueError('it is not an identity (%r)' % err)
@@ -115,7 +115,7 @@ class Ownership(enum.Enum):
         return self in (Ownership.LOST, Ownership.OTHER)
 
 
-def ownership(link: Optional[Link], own: Optional[Identity],
+def ownership(link: Optional[values.Link], own: Optional[Identity],
               directory: str) -> Ownership:
     """Return the relation of an interface to a ledger.
 

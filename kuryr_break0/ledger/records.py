@@ -25,17 +25,7 @@ from kuryr_break0.kernel import existence
 from kuryr_break0.kernel import node
 from kuryr_break0.ledger import files
 from kuryr_break0 import log
-from kuryr_break0.model import address_from_text
-from kuryr_break0.model import address_order
-from kuryr_break0.model import CACHE_SIZE
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import MAC
-from kuryr_break0.model import NAME
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
-from kuryr_break0.model import Tap
+from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
@@ -51,7 +41,7 @@ MAX_CLAIMS = 8
 MAX_SUBNETS = 16
 MAX_SIBLINGS = 8
 
-_ORIGINS: dict[Any, Origin] = {each.value: each for each in Origin}
+_ORIGINS: dict[Any, model.Origin] = {each.value: each for each in model.Origin}
 
 _network = functools.lru_cache(maxsize=128)(ipaddress.ip_network)
 
@@ -60,7 +50,7 @@ class NewerVersion(Exception):
     """A later version of this program has written the record."""
 
 
-def to_json(claims: Sequence[Record]) -> str:
+def to_json(claims: Sequence[model.Record]) -> str:
     """Return the text of a record: its claims, the newest first."""
     return json.dumps({
         'version': VERSION, 'address': str(claims[0].address),
@@ -78,7 +68,7 @@ def to_json(claims: Sequence[Record]) -> str:
             for claim in claims[:MAX_CLAIMS]]})
 
 
-def from_json(text: str) -> tuple[Record, ...]:
+def from_json(text: str) -> tuple[model.Record, ...]:
     """Parse the output of :func:`to_json`.
 
     :raises NewerVersion: if a later version has written it
@@ -92,7 +82,7 @@ def from_json(text: str) -> tuple[Record, ...]:
                                'than this program' % version)
         if version != VERSION:
             raise ValueError('its format is version %r' % version)
-        address = address_from_text(_text(fields['address']))
+        address = model.address_from_text(_text(fields['address']))
         claims = fields['claims']
         if not claims:
             raise ValueError('it has no claims')
@@ -102,13 +92,13 @@ def from_json(text: str) -> tuple[Record, ...]:
         raise ValueError('it is not a record (%r)' % err)
 
 
-def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
+def _claim(address: model.IPAddress, fields: dict[str, Any]) -> model.Record:
     if isinstance(fields['subnets'], str):
         raise ValueError('its subnets are a text, not a list')
     index = _optional(_number, fields.get('parent_index'))
-    return Record(
-        address, Owner(**{name: _text(text) for name, text
-                          in fields['owner'].items()}),
+    return model.Record(
+        address, model.Owner(**{name: _text(text) for name, text
+                                in fields['owner'].items()}),
         _text(fields['parent']),
         _optional(_mac, fields['mac']),
         tuple(map(_network, map(_text, fields['subnets'][:MAX_SUBNETS]))),
@@ -127,15 +117,15 @@ def _optional(read: Callable[[Any], _T], value: Any) -> Optional[_T]:
     return None if value is None else read(value)
 
 
-def _tap(value: Any) -> Tap:
+def _tap(value: Any) -> model.Tap:
     namespace, mac = value
-    return Tap(_namespace(namespace), _mac(mac))
+    return model.Tap(_namespace(namespace), _mac(mac))
 
 
-def _namespace(value: Any) -> NamespaceId:
+def _namespace(value: Any) -> model.NamespaceId:
     device, inode, cookie = value
-    return NamespaceId(_number(device), _number(inode),
-                       _optional(_number, cookie))
+    return model.NamespaceId(_number(device), _number(inode),
+                             _optional(_number, cookie))
 
 
 def _number(value: Any) -> int:
@@ -151,13 +141,13 @@ def _seconds(value: Any) -> float:
 
 
 def _mac(value: Any) -> str:
-    if not isinstance(value, str) or not MAC.fullmatch(value):
+    if not isinstance(value, str) or not model.MAC.fullmatch(value):
         raise ValueError('%r is no MAC address' % (value,))
     return value
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or not NAME.fullmatch(value):
+    if not isinstance(value, str) or not model.NAME.fullmatch(value):
         raise ValueError('%r is no text of one line' % (value,))
     return value
 
@@ -173,10 +163,10 @@ class Records:
         self.directory = directory
         self.quarantine = quarantine
         #: claims by address, with the stamp of the file when it was read
-        self.parsed_files: dict[IPAddress, tuple[Optional[files.Stamp],
-                                                 tuple[Record, ...]]] = {}
+        self.parsed_files: dict[model.IPAddress, tuple[
+            Optional[files.Stamp], tuple[model.Record, ...]]] = {}
 
-    def claims(self, address: IPAddress) -> tuple[Record, ...]:
+    def claims(self, address: model.IPAddress) -> tuple[model.Record, ...]:
         """Return the claims on an address, the newest first.
 
         A damaged record is moved to quarantine, with a warning, and counts as
@@ -196,12 +186,12 @@ class Records:
                 reason=err) from err
         return ()
 
-    def get(self, address: IPAddress) -> Optional[Record]:
+    def get(self, address: model.IPAddress) -> Optional[model.Record]:
         """Return the newest claim on an address, or None."""
         return next(iter(self.claims(address)), None)
 
-    def update_newest(self, expected: Record,
-                      **fields: Any) -> tuple[Record, ...]:
+    def update_newest(self, expected: model.Record,
+                      **fields: Any) -> tuple[model.Record, ...]:
         """Change fields of the newest claim on an address.
 
         If the claim has changed since the caller read it, this method changes
@@ -216,7 +206,8 @@ class Records:
             self.put([dataclasses.replace(expected, **fields), *claims[1:]])
         return claims
 
-    def find_containing(self, *texts: str) -> Iterator[tuple[Record, ...]]:
+    def find_containing(self, *texts: str
+                        ) -> Iterator[tuple[model.Record, ...]]:
         """Find the records in which a string begins with one of the texts.
 
         Only matching files are parsed, because parsing takes ten times as long
@@ -244,12 +235,13 @@ class Records:
             if claims:
                 yield claims
 
-    def exists(self, address: IPAddress) -> bool:
+    def exists(self, address: model.IPAddress) -> bool:
         """Return whether an address has a record, even an unreadable one."""
         return os.path.lexists(self.path(address))
 
-    def parse(self, address: IPAddress,
-              current_name: Optional[_Namer] = None) -> tuple[Record, ...]:
+    def parse(self, address: model.IPAddress,
+              current_name: Optional[_Namer] = None
+              ) -> tuple[model.Record, ...]:
         """Return the claims of a file; parse it only if it was replaced.
 
         Comparing the stamp of the file takes a tenth of the time of parsing.
@@ -278,7 +270,7 @@ class Records:
         self.parsed_files[address] = stamp, claims
         return claims
 
-    def put(self, claims: Sequence[Record]) -> None:
+    def put(self, claims: Sequence[model.Record]) -> None:
         """Replace the record of an address.
 
         :param claims: the claims on the address, the newest first
@@ -288,13 +280,13 @@ class Records:
         with self._convert_errors():
             files.replace(self.path(claims[0].address), to_json(claims))
 
-    def remove(self, address: IPAddress) -> None:
+    def remove(self, address: model.IPAddress) -> None:
         """Delete the record of an address; do nothing if there is none."""
         with self._convert_errors(), contextlib.suppress(FileNotFoundError,
                                                          NotADirectoryError):
             os.unlink(self.path(address))
 
-    def may_be_gone(self, address: IPAddress,
+    def may_be_gone(self, address: model.IPAddress,
                     judge: existence.Judge) -> bool:
         """Return whether a sandbox with a claim on an address may be gone.
 
@@ -315,17 +307,17 @@ class Records:
                 OverflowError, AttributeError, struct.error):
             return True  # the record is damaged
 
-    def addresses(self) -> list[IPAddress]:
+    def addresses(self) -> list[model.IPAddress]:
         """List the addresses with a record, sorted."""
         return sorted(self._parse_names(self.names(self.directory)),
-                      key=address_order)
+                      key=model.address_order)
 
     def count(self) -> int:
         """Count the records, in a tenth of the time of listing them."""
         return len(self.names(self.directory))
 
     def list_part(self, position: int,
-                  most: int) -> tuple[list[IPAddress], int]:
+                  most: int) -> tuple[list[model.IPAddress], int]:
         """List a part of the addresses with a record, and count all of them.
 
         The order of the addresses is stable. After the last address, the part
@@ -352,7 +344,7 @@ class Records:
                     if name.startswith(files.UNFINISHED):
                         os.unlink(os.path.join(directory, name))
 
-    def _parse_names(self, names: Iterable[str]) -> list[IPAddress]:
+    def _parse_names(self, names: Iterable[str]) -> list[model.IPAddress]:
         addresses = []
         for name in names:
             try:
@@ -381,21 +373,21 @@ class Records:
             LOG.warning('Moved the damaged record %s to %s: %s. To rebuild '
                         'it, run: kuryr-break0 sync', path, moved, reason)
 
-    def path(self, address: IPAddress) -> str:
+    def path(self, address: model.IPAddress) -> str:
         return '%s/%s%s' % (self.directory, address, SUFFIX)
 
     def _convert_errors(self) -> contextlib.AbstractContextManager[None]:
         return files.convert_errors(os.path.dirname(self.directory))
 
 
-@functools.lru_cache(maxsize=CACHE_SIZE)
-def address_of(name: str) -> IPAddress:
+@functools.lru_cache(maxsize=model.CACHE_SIZE)
+def address_of(name: str) -> model.IPAddress:
     """Return the address in the name of a record's file.
 
     :raises ValueError: if the name contains no address, or an address in
         another notation
     """
-    address = address_from_text(name[:-len(SUFFIX)])
+    address = model.address_from_text(name[:-len(SUFFIX)])
     if str(address) + SUFFIX != name or getattr(address, 'scope_id', None):
         raise ValueError('its name must be the address %s' % address)
     return address

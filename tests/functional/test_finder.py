@@ -16,10 +16,11 @@ import time
 from typing import Any, Iterator
 from unittest import mock
 
+from kuryr_break0.break0 import pods
 from kuryr_break0.discovery import binder
 from kuryr_break0.discovery import finder
 from kuryr_break0.discovery import namespace
-from kuryr_break0.engine import transitions as engine
+from kuryr_break0.engine import transitions
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
@@ -133,7 +134,7 @@ class TestExhausted(FinderTestCase):
         self.finder.note_mounts()
         self.assert_bound(ONE)
         self.lab.del_netns('one')
-        with mock.patch.object(engine, 'is_gone',
+        with mock.patch.object(pods, 'is_gone',
                                return_value=False) as is_gone:
             self.finder.note_mounts()
             lab.until(lambda: self.step() or is_gone.called)
@@ -175,7 +176,7 @@ class TestExhausted(FinderTestCase):
         self.finder.note_mounts()
         self.assert_bound(ONE)
         self.lab.del_netns('one')
-        with mock.patch.object(binder, 'Engine', side_effect=OSError(
+        with mock.patch.object(transitions, 'Engine', side_effect=OSError(
                 errno.EMFILE, 'no descriptor')):
             self.finder.note_mounts()
             with self.assertRaises(OSError):
@@ -360,7 +361,7 @@ class TestBounds(FinderTestCase):
 
     def test_namespaces_without_containers_that_end(self) -> None:
         self.work()
-        with mock.patch.object(binder, 'Engine') as engine:
+        with mock.patch.object(transitions, 'Engine') as engine:
             for number in range(9):
                 self.finder._remove(namespace.Namespace(
                     kernel.NamespaceLocation(

@@ -16,6 +16,7 @@ from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import nft
 from kuryr_break0 import ledger
 from kuryr_break0.model import Owner
+from kuryr_break0.model import Pair
 from tests.functional import base
 
 TABLE = 'kuryr-break0-break0'
@@ -111,7 +112,7 @@ class TestSharedSocket(base.LabTestCase):
         with self.ledger.lock():
             kernel.open_node_nft(exclusive=True)
             nft.post([refused])  # as a process without the lock can do
-            pair = nft.Pair(bytes((100, 75, 30, 99)), None)
+            pair = Pair(bytes((100, 75, 30, 99)), None)
             self.shared.add(TABLE, [pair])
             nft.post([refused])
             self.assertIn(pair, self.shared.elements(TABLE))
@@ -122,7 +123,7 @@ class TestSharedSocket(base.LabTestCase):
         Another process can read the answer if the state directory was
         replaced, and the lock with it.
         """
-        pair = nft.Pair(bytes((100, 75, 30, 99)), None)
+        pair = Pair(bytes((100, 75, 30, 99)), None)
         with mock.patch.object(netlink, 'messages', return_value=[]), \
                 self.assertRaises(exceptions.KernelRefused) as caught:
             self.shared.add(TABLE, [pair])
@@ -147,7 +148,7 @@ class TestSharedSocket(base.LabTestCase):
 
     def assert_works(self) -> None:
         """Expect the next worker to ignore the killed worker's answers."""
-        pair = nft.Pair(bytes((100, 75, 30, 99)), None)
+        pair = Pair(bytes((100, 75, 30, 99)), None)
 
         def changed() -> bool:
             with mock.patch.object(os, 'urandom', return_value=(
@@ -167,7 +168,7 @@ class TestSharedSocket(base.LabTestCase):
         begin, end = (netlink.Message(kind, 0, b'\0\0\0\x0a')
                       for kind in edge)
         gone = nft._elements(TABLE, 'addresses4', [
-            nft.Pair(bytes((192, 0, 2, 9)), None)])
+            Pair(bytes((192, 0, 2, 9)), None)])
         # The kernel answers with an error, since no such element exists.
         self.killed(begin, nft._message(nft._DELSETELEM, netlink.NLM_F_ACK,
                                         gone), end)
@@ -175,7 +176,7 @@ class TestSharedSocket(base.LabTestCase):
 
     def test_a_worker_is_killed_within_a_dump(self) -> None:
         with kernel.Nft() as own:
-            own.add(TABLE, [nft.Pair(bytes((10, 9, high, low)), None)
+            own.add(TABLE, [Pair(bytes((10, 9, high, low)), None)
                             for high in range(20) for low in range(100)])
         self.killed(nft._message(
             nft._GETSETELEM, netlink.NLM_F_DUMP, netlink.text(1, TABLE)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kuryr_break0.engine import plan
 from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
@@ -31,7 +32,7 @@ PROTOCOL = 176
 TABLE = 254
 MAC = 'fa:16:3e:00:00:01'
 OTHER_MAC = 'fa:16:3e:00:00:02'
-Desired = dict[plan.IPAddress, tuple[Item, ...]]
+Desired = dict[IPAddress, tuple[Item, ...]]
 
 ADDRESS = ipaddress.ip_address('10.0.0.1')
 
