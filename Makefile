@@ -169,10 +169,17 @@ deb-test:
 
 # A whole Kubernetes cluster with Kuryr and Neutron, as root on Debian 12. The
 # first run builds Kubernetes, which takes some minutes.
-.PHONY: cluster cluster-test cluster-core cluster-releases \
+.PHONY: cluster cluster-plot cluster-test cluster-core cluster-releases \
         cluster-programs
 cluster: cluster-programs
-	tools/in-root-lab $(BIN)/python -W ignore -m tests.cluster.demo
+	@mkdir -p build
+	tools/in-root-lab $(BIN)/python -W ignore -m tests.cluster.demo \
+	    build/cluster.json
+
+# Of the last make cluster.
+cluster-plot: $(VENV)/plots
+	$(BIN)/python -m tests.cluster.plot build/cluster.json \
+	    doc/source/images/cluster.svg
 
 # All of it takes half an hour; a part: make cluster-test TESTS=test_faults
 cluster-test: cluster-programs

@@ -2,14 +2,22 @@
 
 """Show a Deployment in a real cluster, with Kuryr alone and with break0.
 
-Exits with 1 if a check fails.
+::
+
+    python -m tests.cluster.demo [JSON]
+
+The file JSON gets the number of ready pods and of restarts over time;
+``tests.cluster.plot`` draws it. The exit status is 1 if a check fails.
 """
 
 from __future__ import annotations
 
 import collections
+import json
+import pathlib
 import sys
 import time
+from typing import Any, Callable
 
 import prettytable
 
@@ -27,6 +35,28 @@ class Demo:
     def __init__(self, cluster: clusters.Cluster) -> None:
         self.cluster = cluster
         self.wrong = 0
+        #: For each part: seconds, number of ready pods, number of restarts
+        self.timelines: dict[str, list[tuple[float, int, int]]] = {}
+
+    def watch(self, part: str, is_over: Callable[[list[dict[str, Any]]], bool]
+              ) -> float:
+        """Create the Deployment, and record its pods until they are as wanted.
+
+        :returns: the duration in seconds
+        """
+        timeline = self.timelines[part] = []
+        began = time.monotonic()
+        self.cluster.deploy('web', REPLICAS)
+
+        def sample() -> bool:
+            pods = self.cluster.pods('web')
+            timeline.append((
+                time.monotonic() - began, sum(map(clusters.is_ready, pods)),
+                sum(map(clusters.restarts, pods))))
+            return is_over(pods)
+
+        lab.until(sample, self.cluster.report)
+        return time.monotonic() - began
 
     def say(self, text: str) -> None:
         print('\n' + text, flush=True)
@@ -105,16 +135,10 @@ class Demo:
     def run_stock(self) -> None:
         self.say('1. Kuryr alone: the probes of kubelet do not reach the pods '
                  'of its node.')
-        self.cluster.deploy('web', REPLICAS)
-        began = time.monotonic()
-
-        def are_failing() -> bool:
-            pods = self.cluster.pods('web')
-            return time.monotonic() - began > WATCHED or (
-                len(pods) == REPLICAS and all(map(clusters.restarts, pods)))
-
-        lab.until(are_failing, self.cluster.report)
-        self.show_pods(time.monotonic() - began)
+        ends = time.monotonic() + WATCHED
+        self.show_pods(self.watch('Kuryr alone', lambda pods: (
+            time.monotonic() > ends or len(pods) == REPLICAS
+            and all(map(clusters.restarts, pods)))))
         self.show_probes()
         self.check('a pod is ready without break0',
                    not self.cluster.ready('web'))
@@ -125,13 +149,19 @@ class Demo:
 
     def run_break0(self) -> None:
         self.say('2. The same Deployment with kuryr-break0 installed.')
+        ready_after: list[float] = []
+
+        def are_steady(pods: list[dict[str, Any]]) -> bool:
+            if not ready_after and len(pods) == REPLICAS and all(
+                    map(clusters.is_ready, pods)):
+                ready_after.append(time.monotonic())
+            # Without break0, the first liveness probes fail within 8 seconds.
+            return bool(ready_after) and (
+                time.monotonic() - ready_after[0] > 8)
+
         began = time.monotonic()
-        self.cluster.deploy('web', REPLICAS)
-        self.cluster.until_ready('web', REPLICAS)
-        seconds = time.monotonic() - began
-        # Without break0, the first liveness probes fail within 8 seconds.
-        time.sleep(8)
-        self.show_pods(seconds)
+        self.watch('with break0', are_steady)
+        self.show_pods(ready_after[0] - began)
         self.show_probes()
         for pod in self.cluster.pods('web'):
             self.check('%s was restarted' % pod['metadata']['name'],
@@ -170,7 +200,10 @@ def main() -> int:
     # a pod, it also deletes an eth0 of the node that is a virtual interface.
     with clusters.running(2, parent='ens3', is_dual=False) as cluster:
         print('It runs after %d s.' % (time.monotonic() - began), flush=True)
-        wrong = Demo(cluster).run()
+        demo = Demo(cluster)
+        wrong = demo.run()
+        for path in sys.argv[1:]:
+            pathlib.Path(path).write_text(json.dumps(demo.timelines))
     if wrong:
         print('\n%d results are not as expected. The logs of all programs are '
               'in %s.' % (wrong, cluster.logs), file=sys.stderr)
