@@ -1,11 +1,11 @@
-# The two commands of the README, and what they need.
+# README.rst and doc/source/contributor/testing.rst describe the targets.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SPHINX = $(BIN)/sphinx-build -W --keep-going -q
 IN_LAB = tools/in-lab $(BIN)/python -W ignore
-# Quiet about all but errors.
+# With -qq, pip prints errors only.
 PIP = $(BIN)/pip install -qq --disable-pip-version-check \
     --constraint constraints.txt
 
@@ -15,14 +15,16 @@ PIP = $(BIN)/pip install -qq --disable-pip-version-check \
 demo: debian-packages $(VENV)/demo
 	$(IN_LAB) -m tools.demo
 
-# All at once: tests wait for others longer than they compute.
+# Lint, documentation and tests run at once, because tests wait longer than
+# they compute.
 test: debian-packages $(VENV)/installed
 	@mkdir -p build
 	@$(MAKE) lint genconfig-check docs >build/checks 2>&1 & checks=$$!; \
 	tools/run; status=$$?; \
 	wait $$checks || { status=$$?; cat build/checks; }; exit $$status
 
-# While you work: all that needs neither root nor Debian packages.
+# For daily work: lint and the tests that need neither root nor Debian
+# packages.
 quick: lint genconfig-check
 	tools/run-quick
 
@@ -37,11 +39,13 @@ unit functional e2e: debian-packages $(VENV)/installed
 debian-packages:
 	tools/debian-packages
 
-# As root. Not a part of the tests, since it takes some minutes.
+# As root: boot a Debian with break0. "make test" does not include this test,
+# which takes five minutes or more.
 boot:
 	tools/boot $(SUITE)
 
-# The CNI plugin for hosts without Python, in which the agent runs elsewhere.
+# The shim: a CNI plugin that needs no Python on the host. It sends its
+# requests to the agent, which may run in a container.
 CNI_CC ?= $(shell command -v musl-gcc || command -v cc)
 .PHONY: cni
 cni: build/cni/break0
@@ -49,8 +53,9 @@ build/cni/break0: kuryr_break0/cni/shim.c
 	@mkdir -p $(@D)
 	$(CNI_CC) -static -Os -s -std=gnu11 -Wall -Wextra -Werror -o $@ $<
 
-# For a host of Docker, Podman or others, without Kuryr; see
-# doc/source/install/docker.rst. DESTDIR and PREFIX are as usual.
+# Install on a host of Docker, Podman or another engine, without Kuryr:
+# doc/source/install/docker.rst. DESTDIR and PREFIX have their usual meaning in
+# makefiles.
 PREFIX ?= /opt/kuryr-break0
 UNITS = $(DESTDIR)/etc/systemd/system
 LOCAL = $(DESTDIR)/usr/local
@@ -58,16 +63,18 @@ SHARE = $(LOCAL)/share
 MAN = $(SHARE)/man/man8
 SHIM = $(DESTDIR)/usr/libexec/kuryr-break0/break0
 SETTINGS = $(DESTDIR)/etc/kuryr-break0/kuryr-break0.conf
-# Of etc/, for programs that would change break0, and for ip(8).
+# Files of etc/ with which systemd-networkd and NetworkManager do not change
+# break0, and with which ip(8) prints the name of its protocol number.
 DROP_INS = systemd/network/10-kuryr-break0.network \
     systemd/networkd.conf.d/kuryr-break0.conf \
     NetworkManager/conf.d/kuryr-break0.conf \
     iproute2/rt_protos.d/kuryr-break0.conf
-# What wins over SETTINGS: see "kuryr-break0 --help".
+# Configuration files that kuryr-break0 reads in place of SETTINGS: see the
+# output of "kuryr-break0 --help".
 EARLIER = $(addprefix $(DESTDIR)/etc/,kuryr/kuryr.conf kuryr.conf \
     kuryr/kuryr-break0.conf kuryr-break0.conf)
 .PHONY: install install-files networks uninstall
-# If pip fails, no file of a first installation stays.
+# If pip fails at the first installation, delete the virtual environment again.
 install: networks
 	@command -v nft >/dev/null || [ -e /usr/sbin/nft ] || \
 	    echo 'nftables is not installed: break0 will have no guard.'
@@ -128,7 +135,8 @@ install-files: networks
 	@echo 'If they run: systemctl restart systemd-networkd;' \
 	    'nmcli general reload'
 
-# What break0 has set up would stay, with nothing to take it away.
+# If break0 is in use, refuse: without the command, break0, its routes and its
+# guard would stay.
 uninstall:
 ifeq ($(DESTDIR),)
 	@[ ! -x $(PREFIX)/bin/kuryr-break0 ] || { \
@@ -148,7 +156,7 @@ endif
 	@[ ! -e $(SETTINGS) ] || echo 'Kept $(SETTINGS). To delete it:' \
 	    'rm -r $(dir $(SETTINGS))'
 
-# The packages for Debian, of which the first needs no clone on the host.
+# The Debian packages. A host needs only the packages, and no clone.
 DEB = build/deb
 .PHONY: deb deb-test
 deb:
@@ -162,13 +170,13 @@ deb:
 	rm -r $(DEB)/source
 	@ls $(DEB)/*.deb
 
-# As root. Builds them on a minimal Debian, and installs, upgrades and removes
-# them on others.
+# As root: build the packages on a minimal Debian 12, and install, upgrade and
+# remove them on a minimal Debian of each of SUITES.
 deb-test:
 	tools/deb $(SUITES)
 
-# A whole Kubernetes cluster with Kuryr and Neutron, as root on Debian 12. The
-# first run builds Kubernetes, which takes some minutes.
+# As root on Debian 12: run a Kubernetes cluster with Kuryr and Neutron. The
+# first run builds Kubernetes, which takes minutes.
 .PHONY: cluster cluster-plot cluster-test cluster-core cluster-releases \
         cluster-programs
 cluster: cluster-programs
@@ -176,20 +184,21 @@ cluster: cluster-programs
 	tools/in-root-lab $(BIN)/python -W ignore -m tests.cluster.demo \
 	    build/cluster.json
 
-# Of the last make cluster.
+# Draw the results of the last make cluster.
 cluster-plot: $(VENV)/plots
 	$(BIN)/python -m tests.cluster.plot build/cluster.json \
 	    doc/source/images/cluster.svg
 
-# All of it takes half an hour; a part: make cluster-test TESTS=test_faults
+# All tests take half an hour. For a part: make cluster-test TESTS=test_faults
 cluster-test: cluster-programs
 	tools/in-root-lab $(BIN)/python -W ignore -m tests.cluster $(TESTS)
 
-# A few of each kind.
+# The tests in CORE of tests/cluster/__main__.py.
 cluster-core: cluster-programs
 	tools/in-root-lab $(BIN)/python -W ignore -m tests.cluster --core
 
-# Burst, deletion and probes with other releases of Kuryr.
+# The tests in RELEASES of tests/cluster/__main__.py, with other releases of
+# Kuryr.
 RELEASES ?= 6.0.1:3.11 8.0.0:3.11 10.0.0:3.11
 cluster-releases: cluster-programs
 	KURYR_SOURCES='$(abspath $(VENV)/kuryr-sources)' \
@@ -203,8 +212,9 @@ cluster-programs:
 	tools/kuryr-sources $(VENV)/kuryr-sources
 	tests/cluster/programs
 
-# What depends on the kernel, under other ones, emulated: all of it takes hours.
-# A part: make kernels KERNEL=5.10 PLACE=own TESTS=tests.functional.test_border
+# Run kernel-dependent tests under other kernels, in QEMU. All tests take
+# hours. For a part:
+# make kernels KERNEL=5.10 PLACE=own TESTS=tests.functional.test_border
 .PHONY: kernels kernels-core kernels-table
 kernels: debian-packages $(VENV)/installed
 	tools/debian-packages test kernels
@@ -212,15 +222,15 @@ kernels: debian-packages $(VENV)/installed
 	$(BIN)/python -m tests.kernels $(KERNEL:%=--kernel %) \
 	    $(PLACE:%=--place %) $(TESTS)
 
-# A few tests of each suite, on an old and a new kernel.
+# Run a selection of each suite, under Linux 5.10 and 7.x.
 kernels-core:
 	$(MAKE) --silent kernels KERNEL='5.10 7' PLACE=own TESTS='core-kuryr core'
 
-# The table of the documentation, of what was run so far.
+# Write the table of doc/source/install/supported.rst from the results so far.
 kernels-table: $(VENV)/installed
 	$(BIN)/python -m tests.kernels --table
 
-# As root with the engines, which need root of the machine.
+# As root, the benchmark includes containerd, which needs root of the machine.
 BENCH_LAB = $(if $(filter 0,$(shell id -u)),tools/in-root-lab,tools/in-lab)
 bench: $(VENV)/installed
 	tools/debian-packages test
@@ -229,9 +239,10 @@ bench: $(VENV)/installed
 	$(BENCH_LAB) $(BIN)/python -W ignore -m tests.bench \
 	    --json build/bench.json
 
-# Whether a change has made something slower; a minute or two. bench-ratios says
-# what is to be compared with from now on. Before all other processes of the
-# machine, where that is allowed: then it does not matter what they do.
+# Find out in about a minute if a change has made break0 slower. bench-ratios
+# writes the ratios with which bench-check compares. If the user may use
+# chrt(1), the benchmark has priority over the other processes of the machine,
+# so that they do not delay it.
 FIRST = $(shell chrt -r 10 true 2>/dev/null && echo chrt -r 10)
 .PHONY: bench-check bench-ratios
 bench-check: debian-packages $(VENV)/installed
@@ -244,7 +255,7 @@ bench-ratios: debian-packages $(VENV)/installed
 	make --silent cni
 	$(FIRST) $(IN_LAB) -m tests.bench.check --renew tests/bench/ratios.json
 
-# Of the last make bench.
+# Draw the results of the last "make bench".
 bench-plots: $(VENV)/plots
 	$(BIN)/python -m tests.bench.plots build/bench.json \
 	    doc/source/images/cost.svg
@@ -253,8 +264,8 @@ $(VENV)/plots: $(VENV)/installed tests/bench/requirements.txt
 	$(PIP) --requirement tests/bench/requirements.txt
 	touch $@
 
-# The pages, the man page and the release notes; a warning is an error. The man
-# page that is in git is compared with the one that is built.
+# Build the pages, the man page and the release notes; a warning is an error.
+# If the man page differs from the man page in git, fail.
 docs: $(VENV)/installed doc/build/man/kuryr-break0.8
 	$(SPHINX) -d doc/build/doctrees -b html doc/source doc/build/html
 	cmp $(word 2,$^) etc/man/kuryr-break0.8 || { echo 'Run: make man'; exit 1; }
@@ -273,21 +284,22 @@ genconfig: $(VENV)/installed
 	$(BIN)/oslo-config-generator \
 	    --config-file etc/kuryr-break0-config-generator.conf
 
-# What is in git is compared with it by the tests.
+# Write the shell completion. If the files in git are outdated, a test fails.
 .PHONY: completion
 completion: $(VENV)/installed
 	$(BIN)/python -m tools.completion
 
 .PHONY: genconfig-check
-# The sample that is in git is what the options say.
+# If the sample in git does not match the options, fail.
 genconfig-check: $(VENV)/installed
 	$(BIN)/oslo-config-generator \
 	    --config-file etc/kuryr-break0-config-generator.conf \
 	    --output-file $(VENV)/sample
 	diff -u etc/kuryr-break0.conf.sample $(VENV)/sample
 
-# Each is made again when what it is made of changes. What tests, lint and
-# documentation need comes on top of the package and what the demo needs.
+# The virtual environment. If one of its requirement files changes, make
+# installs it again. $(VENV)/demo has the package and the requirements of the
+# demo, $(VENV)/installed also those of tests, lint and documentation.
 $(VENV)/demo: requirements.txt tools/core-requirements.txt constraints.txt \
               pyproject.toml setup.cfg
 	$(PYTHON) -m venv --clear $(VENV)

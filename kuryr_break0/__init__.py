@@ -1,41 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Lets a node and the macvlan pods on its NICs reach each other.
+"""Enables traffic between a node and its macvlan pods.
+
+The kernel blocks this traffic: a macvlan does not reach its parent.
 
 The tables in doc/source/contributor/architecture.rst describe each module.
-The following hazards have all occurred; each is handled in the named code.
+Each of the following hazards has occurred. The code after the colon handles
+it.
 
 The kernel
 
-- The kernel deletes all routes of a break0 that is set down, all routes whose
-  source address is removed from the node, and a break0 together with its
-  parent: ``reconciler``.
-- A renamed parent keeps its macvlans and its ifindex, so names in records are
-  outdated: ``ledger.records``, ``devices.Names``.
+- If break0 is set down, the kernel deletes its routes. If the node loses an
+  address, the kernel deletes the routes with this source address. If the
+  parent is deleted, the kernel deletes its break0 too: ``reconciler``.
+- If the parent is renamed, its macvlans and its ifindex stay, but the records
+  contain the old name: ``ledger.records``, ``devices.Names``.
 - The kernel reuses the inode number of a deleted namespace, in about half of
-  all cases. The path of a namespace can lead to a placeholder file or to
+  all cases. The path of a namespace can lead to another kind of file or to
   another namespace. If a process may not see a namespace, as in a container,
   the kernel reports the namespace as gone: ``kernel.existence``.
-- The kernel interrupts the dump of a table if the table changes meanwhile:
-  ``kernel.netlink``.
+- If a table changes during its dump, the dump can lack entries
+  (NLM_F_DUMP_INTR): ``kernel.netlink``.
 - The kernel ignores an alias in the request that creates an interface. A
-  macvlan without an address answers the LAN for the node's addresses, joins
-  multicast groups and solicits routers: ``device``.
+  macvlan without an address answers ARP requests of the LAN for the node's
+  addresses, joins multicast groups and solicits routers: ``device``.
 - A namespace outlives its interface. The next interface with that name has
   another MAC address, and the kernel attaches the nftables chain of the
   earlier interface to the next one: ``kernel.nft``, ``podside``.
-- The kernel closes a netfilter socket only when deleted objects are freed,
-  which takes 12 to 15 ms and blocks all other changes of nftables:
+- close(2) of a netfilter socket waits until the kernel has freed deleted
+  objects. Meanwhile, the kernel accepts no other change of nftables:
   ``kernel.nft``.
 - In IPv6, the kernel accepts a second route to an address, and uses the route
   with the lower metric without an error: ``model.best_metric``.
-- Closing a file ends all fcntl(2) locks that the process holds on the file. So
-  a scrape of the metrics ended the lock of a sync: ``ledger.lock``.
+- If a process closes a file, the kernel releases all fcntl(2) locks of the
+  process on this file. For example, a scrape of the metrics released the lock
+  of a sync: ``ledger.lock``.
 
 Kuryr
 
-- Kuryr selects the driver by the name of a class. If two entry points have the
-  same name, the ADD of each pod fails: ``kuryr.os_vif_plugin``.
+- Kuryr selects the driver by the class name of the VIF. If two entry points
+  have this name, the ADD of each pod fails: ``kuryr.os_vif_plugin``.
 - For the DEL of an old sandbox, Kuryr passes the addresses of a new sandbox to
   the driver, or does not call the driver: ``claims.is_own``,
   ``manager.Break0Manager.housekeep``.
@@ -44,13 +48,13 @@ Kuryr
 - A killed Kuryr process leaves an interface on the node. Kuryr deletes any
   interface whose name is in a KuryrPort: ``kuryr.pod_binding``.
 - Kuryr reads all routes and neighbours of the node for each pod. If many pods
-  are added at once, its IPDB fails: ``kuryr.patches``.
+  are added at once, Kuryr's IPDB fails: ``kuryr.patches``.
 
 The ledger
 
-- The ledger is wiped, is another directory in another container, dates from an
-  earlier boot, has records of a wrong structure, or has no room for a record:
-  ``reconciler``, ``ledger.identity``, ``ledger.records``.
+- The ledger is wiped or dates from an earlier boot. Two containers see
+  different directories at the path of the ledger. A record is damaged, or the
+  file system is full: ``reconciler``, ``ledger.identity``, ``ledger.records``.
 - Two sandboxes claim one address: ``claims``, which keeps both claims.
 - The clock is set back: ``ledger.files.now``.
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The entry point: runs the command, or explains why it cannot be loaded."""
+"""Entry point of the command ``kuryr-break0``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> int:
 
         return cli.main()
     except ImportError as err:
-        # A dependency may be too new; the doctor reports it.
+        # A dependency may be missing or have an unsupported version.
         return _explain(err)
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -35,7 +35,8 @@ def _explain(err: ImportError) -> int:
 
     findings = list(installation.check())
     if 'doctor' in sys.argv[1:] and findings:
-        # The parser of the verbs needs oslo.config, so find the format here.
+        # The parser of the command line needs oslo.config, so search for the
+        # output format here.
         forms = re.findall(r'(?m)^(?:--|-o|--output=)?(json|yaml)$',
                            '\n'.join(sys.argv[1:]))
         output.show(forms[-1] if forms else None, report.as_json(findings),

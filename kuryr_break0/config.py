@@ -27,9 +27,9 @@ KURYR = 'kuryr'
 AUTO = 'auto'
 ON = 'on'
 OFF = 'off'
-#: Seconds to wait for the lock while another process changes break0. After
-#: this time, a pod is bound without the lock, and deletions fail. The CNI shim
-#: waits longer for the answer of the agent.
+#: Seconds to wait for the lock of the ledger. After this time, a bind proceeds
+#: without the lock, and an unbind fails. The CNI shim waits longer than this
+#: time for the agent's answer.
 LOCK_TIMEOUT = 10
 
 OPTS = [
@@ -44,16 +44,18 @@ OPTS = [
         'pod_binding',
         type=types.OneOf(choices=[
             (AUTO, 'If the binding code of Kuryr is the same as in Kuryr '
-             '6.0.0 to 10.0.0, kuryr-break0 creates it in the namespace of '
-             'the pod. The result is the same, in a tenth of the time. '
-             'Otherwise, Kuryr creates it'),
-            (KURYR, 'Kuryr creates it with IPDB: on the node, under a '
-             'temporary name. Then Kuryr moves, renames and configures it')]),
+             '6.0.0 to 10.0.0, kuryr-break0 creates the macvlan in the '
+             'namespace of the pod. The result is the same, in a tenth of '
+             'the time. Otherwise, Kuryr creates the macvlan'),
+            (KURYR, 'Kuryr creates the macvlan with IPDB: on the node, under '
+             'a temporary name. Then Kuryr moves, renames and configures '
+             'it')]),
         default=AUTO,
         help='Program that creates the macvlan interface of a pod. If you '
              'want Kuryr to create the interface, set it to kuryr. If enabled '
-             'is false, Kuryr creates it. With auto, kuryr-daemon logs which '
-             'program it uses. You can change this on a node with pods.'),
+             'is false, Kuryr creates the interface. With auto, kuryr-daemon '
+             'logs which program creates it. You can change the option on a '
+             'node with pods.'),
     cfg.Opt(
         'device',
         type=types.DEVICE_NAME,
@@ -63,9 +65,10 @@ OPTS = [
              'it on nodes on which another program uses this name. An '
              'interface with this name that is not a macvlan in bridge mode '
              'on the parent of the pods is not changed, and pods are not '
-             'bound. If pods are on several interfaces, this is the name for '
-             'the first. Others are named after it and the parent '
-             '(break0-eth1), or numbered if that name is too long.'),
+             'bound. If pods are on several interfaces, the break0 of the '
+             'first interface has this name. The name of another break0 also '
+             'contains the interface (break0-eth1), or a number if that name '
+             'is too long.'),
     cfg.Opt(
         'parent',
         type=types.DEVICE_NAME,
@@ -81,9 +84,9 @@ OPTS = [
              'added as /32 or /128. Set it for services and firewall rules '
              'that need an address of the node that only its pods reach. By '
              'default break0 has no address, and the node uses its own '
-             'addresses towards its pods. If the kernel would masquerade '
-             'with an address of another interface than the parent, break0 '
-             'gets an address in 169.254.0.0/16 that only its pods know. The '
+             'addresses towards its pods. If MASQUERADE would use an address '
+             'of another interface than the parent, break0 gets an address '
+             'in 169.254.0.0/16 that only its pods know. The '
              'addresses must differ on each node: if kuryr.conf is the same '
              'for all nodes, set the environment variable OS_BREAK0__ADDR '
              'instead.'),
@@ -219,7 +222,7 @@ class Options:
 
     @property
     def patience(self) -> int:
-        """Seconds without a sync after which the agent is not healthy."""
+        """Return the maximum age in seconds of a healthy agent's sync."""
         return 3 * self.resync_interval + LOCK_TIMEOUT
 
 
@@ -229,7 +232,7 @@ def register(conf: cfg.ConfigOpts) -> None:
 
 
 def _shorten_error(text: str) -> str:
-    """Return oslo.config's error without the representation of objects."""
+    """Return the text of oslo.config's error without the repr of objects."""
     match = re.search(r"detail='([^']*)'\) is not valid: (.*)", text)
     return '%s (from %s)' % match.group(2, 1) if match else text
 
@@ -242,7 +245,7 @@ def load(conf: cfg.ConfigOpts) -> Options:
     """
     register(conf)
     options = Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
-    with contextlib.suppress(OSError):  # replace an alternative name
+    with contextlib.suppress(OSError):  # the parent may be an altname
         options = dataclasses.replace(options, parent=socket.if_indextoname(
             socket.if_nametoindex(options.parent or '')))
     if options.discover and not options.allowed_cidrs:
@@ -254,17 +257,16 @@ def load(conf: cfg.ConfigOpts) -> Options:
 
 
 def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
-    """Return an error for each name in ``[break0]`` that is no option.
+    """Return a text for each unknown option and each misspelt section.
 
-    The name of an option or of a section may be misspelt, which could disable
-    a protection without an error. Unreadable files are skipped, because
-    oslo.config has reported them.
+    oslo.config ignores misspelt names, so a protection could be off without an
+    error. Unreadable files are skipped, because oslo.config has reported them.
     """
     known = [opt.dest for opt in OPTS]
     unknown: dict[str, str] = {}
     sections_alike: list[str] = []
-    # If a program has read no files, such as a user of os-vif, its ``conf``
-    # has neither config_file nor config_dir.
+    # ``conf`` has config_file and config_dir only after the program has called
+    # it to parse the command line.
     for path in (*(getattr(conf, 'config_file', None) or ()), *(
             path for directory in getattr(conf, 'config_dir', None) or ()
             for path in sorted(glob.glob(os.path.join(
@@ -295,7 +297,7 @@ def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
 def read_link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
     """Read Kuryr's option for the parent of the pods.
 
-    :param conf: an object without Kuryr's options
+    :param conf: options among which Kuryr has not registered its own
     """
     conf.register_opt(cfg.StrOpt('link_iface'), group='binding')
     return conf.binding.link_iface or None
@@ -304,10 +306,9 @@ def read_link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
 def has_api_root(conf: cfg.ConfigOpts) -> bool:
     """Return whether the configuration of Kuryr names a Kubernetes API.
 
-    An empty name counts too, because Kuryr then uses the service address of
-    the API.
+    An empty name counts too: Kuryr then uses the service address of the API.
 
-    :param conf: an object without Kuryr's options
+    :param conf: options among which Kuryr has not registered its own
     """
     conf.register_opt(cfg.StrOpt('api_root'), group='kubernetes')
     return conf.kubernetes.api_root is not None

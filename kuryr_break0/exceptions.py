@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The errors of this package that are caught, or raised in several modules.
+"""The exceptions that this package catches, or raises in several modules.
 
-Each text names the object, the problem and the remedy, so a log line needs
-nothing but this text.
+Each text names the object, the problem and the remedy, so a log line needs no
+other text.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import shlex
 from typing import Any
 
 
-#: Errors that mean that this process or the host has no more descriptors or
-#: memory. These errors prove nothing about the requested object.
+#: Error numbers for a lack of descriptors or memory. Such an error does not
+#: show whether the requested object exists.
 RESOURCE_ERRNOS = frozenset((errnos.EMFILE, errnos.ENFILE, errnos.ENOMEM,
                              errnos.ENOBUFS))
 #: Remedies for errors of the kernel, by error number
@@ -96,7 +96,8 @@ class AddressTaken(Break0Error):
                '%(ifname)s')
 
     def __init__(self, container_id: str, ifname: str, **kwargs: Any) -> None:
-        # A container chooses the names of its interfaces.
+        # A container can name an interface with characters of the shell, and
+        # the user may copy the command in the text.
         super().__init__(container_id=shlex.quote(container_id),
                          ifname=shlex.quote(ifname), **kwargs)
 

@@ -23,8 +23,8 @@ class _Logger(_Adapter):
         While an exception is being handled, oslo.log appends the exception's
         class and message to the line, which already contains them. oslo.log
         appends nothing for a ValueError
-        (oslo_log.formatters._get_error_summary). So warnings and errors are
-        logged while a ValueError is being handled.
+        (oslo_log.formatters._get_error_summary). So this method logs warnings
+        and errors while it handles a ValueError.
         """
         if not self.isEnabledFor(level):
             return

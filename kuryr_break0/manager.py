@@ -38,8 +38,8 @@ LOG = log.get_logger(__name__)
 class Break0Manager:
     """Manager of the addresses of the node's sandboxes.
 
-    It keeps no state in memory, because each request may run in another
-    process. The lock of the ledger serialises concurrent requests.
+    The manager keeps no state in memory, because each request may run in
+    another process. The lock of the ledger serialises concurrent requests.
 
     :param options: see :func:`kuryr_break0.config.load`
     """
@@ -64,7 +64,7 @@ class Break0Manager:
         The newest claim on an address gets the route. Earlier claims of other
         existing sandboxes stay in the record. When the new claim is dropped,
         the newest remaining claim gets the route. If the kernel rejects an
-        item, the claim stays, and a sync sets the item again.
+        item, the claim stays unless ``yielding``, and a sync sets the item.
 
         :param parent: parent of the pod's macvlan
         :param mac: MAC address of the pod's interface
@@ -88,13 +88,14 @@ class Break0Manager:
         addresses, mac = admission.validate(
             owner, list(addresses), parent, mac, netns, pod)
         parent_index = kernel.find_ifindex(parent)
-        parent = kernel.find_current_name(parent, parent_index)  # no altname
+        # Records contain the name of the parent, which may be an altname here.
+        parent = kernel.find_current_name(parent, parent_index)
         namespace = _identified(netns) if netns is not None else None
         tap = kernel.find_taps().get(mac) if mac and netns is None else None
         bound_at = files.now() if bound_at is None else bound_at
         usable = []
         with contextlib.suppress(exceptions.LedgerUnavailable):
-            self._ledger.prepare()  # the look-ups write the cache
+            self._ledger.prepare()  # refusal() writes the cache
         for address in addresses:
             reason = self.refusal(address, parent, origin)
             if reason is None:
@@ -167,7 +168,8 @@ class Break0Manager:
 
         named = None if addresses is None else list(dict.fromkeys(addresses))
         if named is None or len(named) > admission.MAX_ADDRESSES:
-            # A rebuilt claim has a namespace instead of a container id.
+            # The owner of a rebuilt claim has a text with the prefix ADOPTED
+            # instead of a container id, so search for both.
             recorded = {
                 claim.address for each in self._records.find_containing(
                     owner.container_id, model.Owner.ADOPTED)
@@ -232,6 +234,7 @@ def _identified(netns: str) -> Optional[model.NamespaceId]:
             raise exceptions.NetnsUnusable(
                 netns=netns, reason='is gone, or is another kind of '
                 'file') from err
-        LOG.warning('Cannot identify the namespace %s, so its end will not '
-                    'be noticed: %s', netns, err)
+        LOG.warning('Cannot identify the namespace %s: %s. Its addresses stay '
+                    'bound after its end. To unbind them then, run: '
+                    'kuryr-break0 unbind', netns, err)
         return None

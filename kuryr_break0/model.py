@@ -23,8 +23,8 @@ IPInterface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 NAME = re.compile(r'[^\x00-\x1f\x7f\u2028\u2029]{0,512}')
 MAC = re.compile(r'[0-9a-f]{2}(:[0-9a-f]{2}){5}')
 
-#: An IPv4 address with one of these first bytes is always the address of a
-#: host.
+#: First bytes of IPv4 addresses. An address with one of these first bytes is
+#: neither reserved, loopback, link-local nor multicast.
 _HOSTS = frozenset(range(1, 224)) - {127, 169}
 
 
@@ -66,16 +66,16 @@ class IPv6Address(_CachedText, ipaddress.IPv6Address):
     __slots__ = ('_hash', '_text')
 
 
-#: Maximum addresses, or names of records, in a cache.
+#: Maximum number of entries in the cache of a function.
 CACHE_SIZE = 2 ** 15
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
 def address_from_bytes(packed: bytes) -> IPAddress:
-    """Return an address of 4 or 16 bytes; the same object each time.
+    """Return the address with these 4 or 16 bytes.
 
-    A look-up in a dict is faster if the key is the same object than if the key
-    is an equal object.
+    The cache returns the same object for the same bytes. A look-up in a dict
+    is faster with the same object than with an equal object.
     """
     return (IPv4Address if len(packed) == 4 else IPv6Address)(packed)
 
@@ -84,7 +84,7 @@ def address_from_bytes(packed: bytes) -> IPAddress:
 def address_from_text(text: str) -> IPAddress:
     """Parse an address.
 
-    The result for a text is the same object each time, unless it has a scope.
+    An address without a scope is the object of :func:`address_from_bytes`.
 
     :raises ValueError: if the text is not an address
     """
@@ -131,7 +131,11 @@ class NamespaceId(NamedTuple):
     cookie: Optional[int] = None
 
     def is_same(self, other: NamespaceId) -> bool:
-        """Return whether both identities may be of the same namespace."""
+        """Return whether both identities may be of the same namespace.
+
+        Without both cookies, the result is also True for a reused inode
+        number.
+        """
         if None not in (self.cookie, other.cookie):
             return self.cookie == other.cookie
         return self[:2] == other[:2]
@@ -146,7 +150,7 @@ class Tap(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """A sandbox and its interface, to which an address belongs.
+    """The owner of an address: a sandbox and one of its interfaces.
 
     CNI passes the same values in ADD and DEL (CNI_CONTAINERID, CNI_IFNAME).
     """
@@ -154,7 +158,7 @@ class Owner:
     container_id: str
     ifname: str
 
-    #: Prefix of the text that replaces an unknown container id.
+    #: Prefix of the text in place of an unknown container id.
     ADOPTED: ClassVar[str] = 'adopted-'
 
     @classmethod
@@ -289,7 +293,7 @@ class Neighbour(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A guard entry: a pair of source addresses that packets may have.
+    """A guard entry: the source addresses of packets that the guard accepts.
 
     :ivar address: the IP address of the pod, packed
     :ivar mac: the MAC address of the pod, packed; None for any MAC address
@@ -320,14 +324,17 @@ class Pair(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        """Return the key in the set; each part has a multiple of 4 bytes."""
+        """Return the key of the entry in the nftables set.
+
+        nftables pads each field of a key to a multiple of 4 bytes.
+        """
         return (b'' if self.mac is None else self.mac + bytes(2)
                 ) + self.address
 
 
 #: An entry of the tables that rtnetlink changes.
 Entry = Union[HostRoute, Neighbour]
-#: An item that an address has on a break0.
+#: A route, neighbour or guard entry of an address on a break0.
 Item = Union[Entry, Pair]
 _Item = TypeVar('_Item', bound=Item)
 

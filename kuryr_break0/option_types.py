@@ -17,10 +17,10 @@ from oslo_config import types
 
 from kuryr_break0 import model
 
-#: The kernel's limit is IFNAMSIZ, 16 bytes with the final NUL.
-#: dev_valid_name() refuses ``/`` and white space, and the kernel replaces
-#: ``%d`` by a number. The sysctls of ``all`` and ``default`` apply to all
-#: interfaces (sysctl_dev_name_is_allowed).
+#: The kernel limits a name to IFNAMSIZ, 16 bytes with the final NUL.
+#: dev_valid_name() refuses ``/``, ``:`` and white space, and the kernel
+#: replaces ``%d`` by a number. An interface named ``all`` or ``default`` gets
+#: no sysctls of its own (sysctl_dev_name_is_allowed).
 _DEVICE_NAME = r'(?!(?:\.{1,2}|all|default)$)[^/:%\s\x00-\x1f\x7f]{1,15}'
 
 
@@ -36,7 +36,7 @@ class Endpoint(NamedTuple):
 
 
 def device_name(text: str) -> str:
-    """Return a text that is a valid name of a network interface."""
+    """Return the text, if it is a valid name of a network interface."""
     if (not re.fullmatch(_DEVICE_NAME, text)
             or len(text.encode('utf-8', 'surrogateescape')) > 15):
         raise ValueError('%r is not an interface name: it must have 1 to 15 '
@@ -99,7 +99,7 @@ def listening_on(text: str) -> Optional[Endpoint]:
 
 
 def absolute_path(text: str) -> str:
-    """Return a text that is an absolute path."""
+    """Return the text, if it is an absolute path."""
     if not re.fullmatch(r'/[^\x00-\x1f\x7f]*', text):
         raise ValueError('%r is not an absolute path' % text)
     return text
@@ -117,7 +117,7 @@ class Checked(types.ConfigType):
         self._parse = parse
 
     def __call__(self, value: Any) -> Any:
-        # A default that is not a text has been parsed already.
+        # oslo.config passes a default too, which can be a parsed value.
         return self._parse(value) if isinstance(value, str) else value
 
     def __repr__(self) -> str:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Limits the processor time of work that others can cause at any rate."""
+"""Limits the processor time of work that pods and clients cause."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ SHARE = 0.1
 #: Processor seconds that the work of each cause may take before the cause is
 #: late. So rare work, such as the work at boot, is not delayed.
 CREDIT = 0.25
-#: Number of stored causes above which causes without a debt are removed.
+#: If more causes than this number are stored, the causes without a debt are
+#: removed.
 _MANY = 4096
 
 

@@ -19,8 +19,8 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import model
 
-#: Maximum number of IPv6 addresses of other interfaces than the parent, among
-#: the node addresses of a pod.
+#: Maximum number of node addresses of a pod that are IPv6 addresses of other
+#: interfaces than the parent.
 MAX_ELSEWHERE = 16
 _NOWHERE = ipaddress.ip_address('192.0.2.1')  # RFC 5737
 OWN = 'an address of the node itself'
@@ -28,8 +28,8 @@ NO_HOST = 'not a host address, according to the routes of the node'
 NEXT_HOP = 'a next hop of a route of the node'
 #: This reason applies to discovered addresses only. A pod of another origin
 #: with such an address may be a router on purpose, for example of a VPN.
-OWN_NEXT_HOP = ('a next hop of a route that leads through break0. If its '
-                'router is elsewhere, set that route again')
+OWN_NEXT_HOP = ('a next hop of a route through break0. If the router is on '
+                'another interface, set the route again with that interface')
 EARLIER_NEXT_HOP = ('an earlier next hop of the node, which discovery does '
                     'not bind until the next boot')
 
@@ -66,12 +66,13 @@ class Policy:
                 facts: Facts = Facts()) -> Optional[str]:
         """Return why an address must not be bound; None if it may be.
 
-        A discovered address is refused for more reasons.
+        Next hops through a break0 and earlier next hops are refused only if
+        the origin is DISCOVERED.
 
         :param facts: without facts, only the options and the address decide
         """
-        # [break0] addr is not yet among the node addresses before the first
-        # bind.
+        # Before the first bind, the node does not have the addresses of the
+        # option addr yet.
         if address in self._options.addr:
             return OWN
         reason = model.explain_non_host(address)
@@ -163,7 +164,8 @@ class Policy:
         addr = self._options.addr if device == self._options.device else ()
         taken, own = None, link_address(device)
         with contextlib.suppress(PermissionError):
-            # lo stands for any interface without an address.
+            # lo stands for an interface without an address: 127.0.0.1 has
+            # scope host, so inet_select_addr skips 127.0.0.1.
             taken = kernel.find_source(_NOWHERE, 'lo')
         is_needed = (taken is not None and (parent, taken) not in addresses
                      and not any(each.version == 4 for each in addr))
@@ -186,12 +188,14 @@ class Policy:
                        parent: Optional[int],
                        sources: Iterable[Optional[model.IPAddress]], mac: str,
                        device: str) -> model.NodeAddresses:
-        """Return the node addresses that the pods need in their tables.
+        """Return the node addresses that the pods must know.
 
-        If the parent has addresses, the result omits the addresses of other
-        interfaces. Docker can connect a container to a network of another
-        interface later, and refuses to do so while the container has a route
-        to an address in that network.
+        These are the addresses of the parent without link-local addresses, the
+        sources of the routes, and the addresses of break0 itself. If the
+        parent has no such address, the result also has IPv6 addresses of other
+        interfaces. Otherwise it has none of them: Docker can connect a
+        container to a network of another interface later, but refuses if the
+        container has a route to an address in that network.
 
         :param addresses: all addresses of the node with their ifindexes
         :param parent: ifindex of the parent
@@ -220,10 +224,11 @@ def link_address(device: str) -> model.IPAddress:
 
 def ipv6_elsewhere(addresses: Iterable[tuple[int, model.IPAddress]]
                    ) -> list[model.IPAddress]:
-    """Return the IPv6 addresses of the node, at most MAX_ELSEWHERE.
+    """Return IPv6 addresses of the node, at most MAX_ELSEWHERE.
 
-    The kernel can choose any of these addresses as the source of a packet to
-    a pod (RFC 6724).
+    The result omits link-local and loopback addresses, and addresses of
+    Kubernetes services. The kernel can choose any of the returned addresses as
+    the source of a packet to a pod (RFC 6724).
     """
     chosen: list[model.IPAddress] = []
     services: dict[int, bool] = {}
@@ -243,11 +248,11 @@ def ipv6_elsewhere(addresses: Iterable[tuple[int, model.IPAddress]]
 
 
 def has_services(index: Optional[int]) -> bool:
-    """Return whether an interface has the addresses of Kubernetes services.
+    """Return whether an interface may have addresses of Kubernetes services.
 
-    kube-proxy in IPVS mode assigns thousands of such addresses to the dummy
-    interface kube-ipvs0. A pod reaches services by another way, so these
-    addresses are no node addresses.
+    kube-proxy in IPVS mode assigns thousands of such addresses to kube-ipvs0,
+    an interface of the kind dummy. So each interface of this kind counts. Pods
+    do not reach services through break0.
     """
     with kernel.Netlink() as netlink:
         link = netlink.link(kernel.format_ifname(index))

@@ -10,9 +10,9 @@ from typing import Iterable
 def safe(text: str) -> str:
     """Return a text on one line, without characters that control a terminal.
 
-    The name of an interface or an alias may contain control characters (also
-    of C1), characters that change the direction of text, and bytes that are
-    not UTF-8. All of these are written in Python's notation: ``\\x9b``.
+    The name of an interface or an alias may contain control characters,
+    characters that change the direction of text, and bytes that are not UTF-8.
+    The function replaces each of them by Python's notation: ``\\x9b``.
     """
     if text.isprintable():
         return text
@@ -23,9 +23,9 @@ def safe(text: str) -> str:
 
 
 def close_to(name: str, known: Iterable[str]) -> str:
-    """Return the question whether the closest known name was meant.
+    """Return ': did you mean NAME?' with the closest known name.
 
-    The text is empty if no known name is close.
+    If no known name is close, return an empty text.
     """
     import difflib  # rarely needed
 

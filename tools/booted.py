@@ -5,8 +5,9 @@
 
 The program needs only Python's standard library. Two containers of
 systemd-nspawn, of which one is the node's name server, and one container of
-Docker start at boot. The first boot starts the agent as the documentation
-says, and the second boot examines the node.
+Docker start at boot. The first boot starts the agent as documented, creates
+the container of Docker, and pings the containers. The second boot examines the
+node. The printed number of failed checks covers both boots.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ MACHINES = {'nameserver': NAME_SERVER, 'web': WEB}
 IPV6 = 'fd00:75:30::54'
 NAME, ANSWER = 'name.example.org', '192.0.2.1'
 REACHED = '/run/reached.json'
+#: File with the failed checks of the first boot, one in each line. If it
+#: exists, this is the second boot.
+FIRST_BOOT = '/var/first-boot'
 #: Seconds within which a container has to be reachable after its start, on a
 #: machine without emulation.
 BOUND = 2.0
@@ -237,6 +241,9 @@ class Examination:
     def __init__(self) -> None:
         self._wire = open('/dev/ttyS1', 'w', buffering=1)
         self._failed: list[str] = []
+        if os.path.exists(FIRST_BOOT):
+            with open(FIRST_BOOT) as file:
+                self._failed = file.read().splitlines()
 
     def say(self, text: str) -> None:
         print(text, file=self._wire)
@@ -249,18 +256,26 @@ class Examination:
 
     def nothing_wrong(self, when: str, *arguments: str) -> None:
         found = wrong(*arguments)
-        self.check('The journal shows nothing that is wrong, %s' % when,
-                   not found, '\n'.join(found))
+        self.check('The journal of the agent has no warning or error %s'
+                   % when, not found, '\n'.join(found))
+
+    def reboot(self) -> None:
+        """Store the failed checks for the second boot, and reboot."""
+        with open(FIRST_BOOT, 'w') as file:
+            file.write('\n'.join(self._failed))
+        run('systemctl', 'reboot')
 
     def conclude(self) -> None:
         if self._failed:
             self.say(run('journalctl', '-u', AGENT, '-o', 'short-monotonic'))
+        for each in self._failed:
+            self.say('FAILED  ' + each)
         self.say('Failed: %d' % len(self._failed))
 
     def first_boot(self) -> None:
         """Start the agent as documented, and a container of Docker."""
         run('systemctl', 'enable', '--now', AGENT)
-        self.check('Containers that ran before are reached',
+        self.check('The node reaches the containers that ran before the agent',
                    until(lambda: all(map(pings, MACHINES.values()))))
         image = subprocess.run(
             'tar -cC /var/lib/machines/web bin payload tmp |'
@@ -273,25 +288,26 @@ class Examination:
         run('docker', 'run', '--detach', '--name', 'engine', '--restart',
             'unless-stopped', '--network', 'lan', '--ip', ENGINE, 'payload',
             '/bin/sh', '/payload')
-        self.check('A container of Docker is reached',
+        self.check('The node reaches the container of Docker',
                    until(lambda: pings(ENGINE)))
 
     def after_reboot(self) -> None:
         self.times()
         self.order()
-        self.check('The name server of the node is one of its containers',
+        self.check('The name server in a container answers the node',
                    ANSWER in run('getent', 'hosts', NAME, fails=True),
                    run('getent', 'hosts', NAME, fails=True))
-        self.check('Its IPv6 address is reached',
+        self.check('The node reaches the IPv6 address of a container',
                    until(lambda: pings(IPV6)))
-        self.check('All units are well', not run(
+        self.check('No unit has failed', not run(
             'systemctl', 'list-units', '--failed', '--no-legend'),
             run('systemctl', 'list-units', '--failed'))
         # systemd-analyze would look for the manual page, and this Debian lacks
         # man.
         verified = run('systemd-analyze', 'verify', '--man=no',
                        AGENT + '.service', fails=True)
-        self.check('systemd-analyze verify', not verified, verified)
+        self.check('systemd-analyze verify accepts the unit', not verified,
+                   verified)
         self.nothing_wrong('after the reboot', '-b')
         self.shutdown()
         for command in ('status', 'doctor'):
@@ -305,7 +321,8 @@ class Examination:
         done = subprocess.run(['kuryr-break0', name], text=True,
                               stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
-        self.check('kuryr-break0 %s is content' % name, not done.returncode)
+        self.check('kuryr-break0 %s finds no fault' % name,
+                   not done.returncode)
         self.say(done.stdout)
 
     def times(self) -> None:
@@ -317,21 +334,23 @@ class Examination:
         line, = [line for line in journal(
             '-b', '-u', 'docker') if 'Loading containers: start' in line[
                 'MESSAGE']][:1] or [{'__MONOTONIC_TIMESTAMP': 0}]
-        self.say('docker began to load containers at %.1f s'
+        self.say('Docker started to load containers at %.1f s'
                  % (int(line['__MONOTONIC_TIMESTAMP']) / 1e6))
         wall = run('docker', 'inspect', '-f', '{{.State.StartedAt}}',
                    'engine')
         begin[ENGINE] = float(run('date', '-d', wall, '+%s.%N')) - (
             time.time() - time.monotonic())
-        self.say('agent: started at %.1f s; watching at %.1f s' % (
-            started(AGENT), self.said_at('Watching ')))
+        self.say('The agent was started at %.1f s, and listened for events '
+                 'at %.1f s' % (started(AGENT), self.said_at('Watching ')))
         for address, (at, took) in reached().items():
             later, ratio = at - begin[address], took / machine
-            self.say('%s: started at %.1f s, reached %.1f s later; all took '
-                     '%.1f times as long as on this machine: %.2f s there'
+            self.say('%s: the container started at %.1f s, and was reached '
+                     '%.1f s later. A start of Python took %.1f times as '
+                     'long as without emulation. Corrected by this factor: '
+                     '%.2f s'
                      % (address, begin[address], later, ratio, later / ratio))
-            self.check('%s is reached in time' % address,
-                       later / ratio <= BOUND)
+            self.check('The node reaches %s within %.1f s (corrected)'
+                       % (address, BOUND), later / ratio <= BOUND)
         self.say(run('systemd-analyze', 'critical-chain',
                      AGENT + '.service', fails=True))
         self.say(run('systemd-analyze', fails=True))
@@ -344,14 +363,15 @@ class Examination:
     def order(self) -> None:
         self.say('After=%s' % property_of(AGENT, 'After'))
         self.say('Before=%s' % property_of(AGENT, 'Before'))
-        self.check('It waits for neither names nor other machines',
+        self.check('The unit of the agent waits for no name server and no '
+                   'other machine',
                    not {'network-online.target', 'nss-lookup.target'}
                    & set(property_of(AGENT, 'After').split()))
 
     def shutdown(self) -> None:
         self.nothing_wrong('before the reboot', '-b', '-1')
         lines = [line['MESSAGE'] for line in journal('-b', '-1', '-u', AGENT)]
-        self.check('It had ended well', any(
+        self.check('The agent ended cleanly at the shutdown', any(
             'The agent ends' in line for line in lines)
             and 'Deactivated successfully' in ''.join(lines[-2:] + lines[-4:]),
             '\n'.join(lines[-8:]))
@@ -372,8 +392,8 @@ class Examination:
             since = mark()
             run('systemctl', 'daemon-reload')
             failed = run('systemctl', 'start', 'confined', fails=True)
-            self.check('kuryr-break0 %s with the rights of the unit'
-                       % command, not failed, failed)
+            self.check('kuryr-break0 %s succeeds with the rights of the '
+                       'unit' % command, not failed, failed)
             self.say('\n'.join(
                 str(line['MESSAGE'])
                 for line in journal('-u', 'confined', since)))
@@ -382,32 +402,35 @@ class Examination:
         everybody = (*MACHINES.values(), ENGINE, IPV6)
         since = mark()
         run('systemctl', 'stop', AGENT)
-        self.check('It was stopped', property_of(AGENT, 'Result')
-                   == 'success' and not int(property_of(AGENT, 'MainPID')))
-        self.check('All are reached without it', all(map(pings, everybody)))
+        self.check('systemctl stop ends the agent',
+                   property_of(AGENT, 'Result') == 'success'
+                   and not int(property_of(AGENT, 'MainPID')))
+        self.check('The node reaches all containers without the agent',
+                   all(map(pings, everybody)))
         for number, verb in enumerate(('start', 'restart')):
             run('systemctl', verb, AGENT)
-            self.check('It works after ' + verb, until(lambda: sum(
-                'Watching' in line['MESSAGE']
-                for line in journal('-u', AGENT, since)) > number))
+            self.check('The agent runs after systemctl ' + verb, until(
+                lambda: sum('Watching' in line['MESSAGE'] for line
+                            in journal('-u', AGENT, since)) > number))
         run('systemctl', 'reload', AGENT)
-        self.check('It reads its configuration again', until(lambda: any(
+        self.check('The agent reloads its configuration', until(lambda: any(
             'Read the configuration' in line['MESSAGE']
             for line in journal('-u', AGENT, since))))
         self.nothing_wrong('after stop, restart and reload', since)
         before = property_of(AGENT, 'MainPID')
         os.kill(int(before), signal.SIGKILL)
-        self.check('It comes back when killed', until(lambda: property_of(
-            AGENT, 'MainPID') not in (before, '0')))
-        self.check('All are reached then', all(map(pings, everybody)))
+        self.check('systemd restarts the agent after SIGKILL', until(
+            lambda: property_of(AGENT, 'MainPID') not in (before, '0')))
+        self.check('The node reaches all containers after SIGKILL',
+                   all(map(pings, everybody)))
 
     def repairs(self) -> None:
         since = mark()
         run('ip', 'link', 'delete', 'break0')
-        self.check('A deleted break0 comes back, with all routes', until(
+        self.check('The agent restores a deleted break0 and its routes', until(
             lambda: all(map(pings, (*MACHINES.values(), ENGINE, IPV6)))))
         run('nft', 'flush', 'ruleset')
-        self.check('The guard comes back', until(
+        self.check('The agent restores a deleted guard', until(
             lambda: 'break0' in run('nft', 'list', 'tables')))
         self.command('doctor')
         self.say('\n'.join(wrong(since)))
@@ -416,17 +439,17 @@ class Examination:
         """End containers while the agent runs, and while it is stopped."""
         since = mark()
         run('docker', 'stop', 'engine')
-        self.check('A container that has ended is unbound', until(
+        self.check('The agent unbinds a container that ends', until(
             lambda: ENGINE not in routes()), routes())
         run('systemctl', 'stop', AGENT)
         run('systemctl', 'stop', 'systemd-nspawn@web')
         run('docker', 'start', 'engine')
         run('systemctl', 'start', AGENT)
-        self.check('So is one that ended without the agent', until(
-            lambda: WEB not in routes()), routes())
-        self.check('One that began without it is bound', until(
-            lambda: pings(ENGINE)), routes())
-        self.nothing_wrong('after ends', since)
+        self.check('The agent unbinds a container that ended while the agent '
+                   'was stopped', until(lambda: WEB not in routes()), routes())
+        self.check('The agent binds a container that started while the agent '
+                   'was stopped', until(lambda: pings(ENGINE)), routes())
+        self.nothing_wrong('after containers ended', since)
 
 
 def examine() -> None:
@@ -435,15 +458,14 @@ def examine() -> None:
         state = run('systemctl', 'is-system-running', '--wait', fails=True)
         examination.say('%s: %s; %s' % (os.uname().release, state, run(
             'systemctl', '--version').splitlines()[0]))
-        if os.path.exists('/var/booted'):
+        if os.path.exists(FIRST_BOOT):
             examination.after_reboot()
         else:
             examination.first_boot()
-            with open('/var/booted', 'w'):
-                run('systemctl', 'reboot')
+            examination.reboot()
             return
     except Exception as err:
-        examination.check('The examination', False, repr(err))
+        examination.check('The checks ran to the end', False, repr(err))
     examination.conclude()
     run('systemctl', 'poweroff')
 

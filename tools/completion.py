@@ -65,7 +65,8 @@ def script(shell: str) -> str:
                    '\n'.join(_words(verbs, variable)))
 
 
-#: The template of each shell's script, and the variable with its proposals.
+#: The template of a shell's script and the name of its variable for the
+#: proposals, by shell.
 SHELLS = {'bash': (_BASH, 'words'), 'zsh': (_ZSH, 'words_')}
 
 

@@ -94,7 +94,7 @@ class Demo:
                    set(routes) == {PODS[name] for name in bound})
 
     def run(self) -> int:
-        """Show the three acts, and return the number of failed checks."""
+        """Show the three steps, and return the number of failed checks."""
         for name, address in PODS.items():
             self.pods[name] = self.node.add_pod(name, address)
 

@@ -171,7 +171,7 @@ def follow(expected: str) -> None:
 
 
 def advice() -> None:
-    """The commands that the doctor prints correct each fault."""
+    """Cause faults, and check that the doctor's commands correct them."""
     run('systemctl stop ' + AGENT)
     follow('agent-not-running')
     until(lambda: state() == 'active')
@@ -196,7 +196,7 @@ def advice() -> None:
 
 
 def upgrade(kept: str) -> None:
-    """The upgrade loses no ping and keeps the configuration."""
+    """Upgrade, and check that no ping is lost and the configuration stays."""
     before = run('systemctl show -P MainPID ' + AGENT)
     ping = subprocess.Popen(['ping', '-i', '0.02', '-q', ADDRESS],
                             stdout=subprocess.PIPE, text=True)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Run the classes of the tests in parallel; tools/run has the usage.
+"""Run the classes of the tests in parallel, for tools/run and tools/run-quick.
 
-Each class runs in a forked process, so only the parent imports the tests. A
-process that ends is replaced by one for the next class. The output ends with
-the failures, and a file gets the numbers of passed and failed tests.
+Each class runs in a forked process, so only the parent imports the tests. When
+a process ends, a process for the next class starts. The output ends with the
+failures and with the numbers of passed and failed tests. The file of --count
+gets these numbers too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FIRST = (
     'tests.functional.cni.test_plugin', 'tests.functional.test_doubt')
 
 
-#: The numbers of first and last lines that are printed of a failure's output:
+#: Numbers of the first and last lines of a failure's output that are printed:
 #: the first lines show the origin of the failure, and the last lines show the
 #: log before the failure. CI keeps only the end of a long output.
 FIRST_LINES, LAST_LINES = 20, 20
@@ -195,8 +196,8 @@ def main() -> int:
     if any(not each[0].id().startswith('tests.unit') for each in waiting):
         for each in (program.BREAK0, program.DAEMON):
             program.serve(each)
-    # Frozen objects are not collected, so the forked processes do not copy
-    # their pages.
+    # Exclude all objects from garbage collection: a collection writes to each
+    # object, so the forked processes would copy all pages.
     gc.collect()
     gc.freeze()
     running: dict[int, Job] = {}

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Print the digests of Kuryr's releases for kuryr_break0/kuryr/comparison.
+"""Compare releases of Kuryr with DIGESTS of kuryr_break0/kuryr/comparison.py.
 
-``python -m tools.releases 6.0.0 10.0.0`` downloads the releases with pip. Add
-a release after tests/functional/test_l3.py has passed with it.
+``python -m tools.releases 6.0.0 10.0.0`` downloads the releases with pip. For
+each release it prints the releases with the same digest, or the digest if it
+is unknown. Before you add a digest to DIGESTS, run tests/functional/test_l3.py
+with the release.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-# Kuryr's controller image with the driver for nested macvlan in it. To be built
-# at the top of the sources:
+# Add kuryr-break0's driver for nested macvlan to Kuryr's controller image. At
+# the top of the sources, run:
 #   docker build -f etc/kubernetes/controller.Dockerfile \
 #       --build-arg BASE=kuryr/controller:latest .
 
-# The image that the cluster runs. The user of its processes is kuryr.
+# The image that the cluster runs. Its user is kuryr.
 ARG BASE=kuryr/controller:latest
 
 FROM ${BASE} AS wheel
@@ -20,6 +20,6 @@ COPY --from=wheel /wheels /tmp/wheels
 COPY constraints.txt etc/kubernetes/install-package /tmp/
 RUN /tmp/install-package /tmp/wheels/*.whl /tmp/constraints.txt \
     && rm -rf /tmp/wheels /tmp/constraints.txt /tmp/install-package
-# Otherwise kuryr-controller would not start.
+# If this import failed, kuryr-controller would not start.
 RUN python3 -c 'import kuryr_break0.kuryr.pod_vif'
 USER kuryr

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Answer CNI requests on a socket, for the shim in kuryr_break0/cni."""
+"""Answers CNI requests on a socket, for the shim in kuryr_break0/cni."""
 
 from __future__ import annotations
 
@@ -106,10 +106,10 @@ class CNIServer:
             self._error or 'the socket was deleted or its threads have ended')
 
     def describe_hang(self) -> Optional[str]:
-        """Return the reason for a restart of the agent, or None.
+        """Return the reason why the agent should be restarted, or None.
 
-        If threads cannot be started, a restart may help. If the socket cannot
-        be bound, a new process could not bind it either.
+        If threads cannot be started, a restart may help. If this process
+        cannot bind the socket, a new process cannot bind it either.
         """
         return self.describe_failure() if self._has_socket() else None
 
@@ -125,7 +125,7 @@ class CNIServer:
             thread.join()
 
     def _has_socket(self) -> bool:
-        """Return whether the socket file is still the one bound here."""
+        """Return whether the path still leads to the socket of this agent."""
         try:
             return self._socket is not None and (
                 os.stat(self._path).st_ino == self._inode)
@@ -138,7 +138,8 @@ class CNIServer:
         if self._has_socket():
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
-        # Threads compare this attribute after accept(2), and end.
+        # Each thread compares this attribute after accept(2), and ends if it
+        # has changed.
         listening, self._socket = self._socket, None
         # close(2) does not wake a thread in accept(2); shutdown(2) does.
         with contextlib.suppress(OSError):
@@ -196,8 +197,8 @@ class CNIServer:
                 raise BrokenPipeError
             client.sendall(b'%d %d\n' % (answer.status, len(output)) + output)
         except OSError:
-            # For the runtime, the ADD has failed, and its DEL may have ended
-            # before the ADD was completed.
+            # For the runtime, the ADD has failed. The DEL of the runtime may
+            # have ended before the ADD was completed, so undo the ADD.
             if answer.undo is not None:
                 LOG.warning(
                     'Undoing the ADD of %s for %s: the runtime closed the '
@@ -208,7 +209,7 @@ class CNIServer:
 
 
 def _bind_socket(path: str) -> socket.socket:
-    """Listen at a path for this user only, and replace a file there.
+    """Listen at a path for this user only; replace an existing file.
 
     :raises OSError: if the socket cannot be bound, or another agent listens
         there
@@ -287,8 +288,8 @@ def _describe_pod(environment: dict[str, str]) -> str:
 def _is_closed(client: socket.socket) -> bool:
     """Return whether a client has closed the connection.
 
-    A client that has only shut down its sending side still waits for the
-    answer.
+    If a client has shut down only its sending side, it still waits for the
+    answer, and the result is False.
     """
     poll = select.poll()
     poll.register(client, 0)

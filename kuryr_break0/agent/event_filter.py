@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Decide which events of the kernel require a sync."""
+"""Decides which events of the kernel require a sync."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class EventFilter:
 
     Most events need no sync: new interfaces that are moved into a pod, routes
     of other programs, and the agent's own changes. A pod can cause any number
-    of events, for example by switching promiscuous mode. So an event passes
-    the filter only if it changes a stored interface, address or next hop, or
-    if a recorded address has another route or neighbour than its record
-    requires.
+    of events, for example by switching promiscuous mode. So an event causes a
+    sync only if the event changes a stored interface, address or next hop, or
+    if the event shows another route or neighbour of an address than the record
+    of the address requires.
     """
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
@@ -70,9 +70,9 @@ class EventFilter:
         """
         self._own_events = frozenset(_make_events(outcome))
         self._refused = outcome.refused
-        # The kernel sends no event for some deleted routes. So keep only the
-        # next hops that the sync refused: a new route with any other next hop
-        # counts as a change.
+        # The kernel deletes some routes without an event, so a stored next hop
+        # may be outdated. Keep only the next hops that the sync refused. A new
+        # route through any other next hop then counts as a change.
         self._next_hops.intersection_update(outcome.refused)
         self._sources.clear()
         identity = None
@@ -110,9 +110,9 @@ class EventFilter:
         """Return whether a break0 or its parent was deleted or set down.
 
         Before the kernel deletes an interface, it sets the interface down, and
-        sends an event for each neighbour. If events were lost, the event of
-        the interface may be lost too. In that case, this method reads the
-        state of all break0s from the kernel.
+        sends an event for each neighbour. These events can fill the buffer of
+        the socket, and the event of the interface is then lost. So if events
+        were lost, this method reads the state of all break0s from the kernel.
         """
         is_incomplete = False
         for event in events:
@@ -126,7 +126,7 @@ class EventFilter:
         return is_incomplete and self._is_any_down()
 
     def _is_any_down(self) -> bool:
-        """Return whether a break0 does not exist or is down."""
+        """Return whether the break0 of an existing parent is gone or down."""
         with contextlib.suppress(exceptions.KernelRefused), \
                 kernel.Netlink() as netlink:
             for parent, name in self._device_names.items():
@@ -162,7 +162,7 @@ class EventFilter:
     def _is_different(self, event: kernel.Event) -> bool:
         """Return whether a route or neighbour differs from its record.
 
-        Routes and neighbours that kuryr-break0 sets itself never differ.
+        An event that the last sync has caused is no difference.
         """
         if event.dst is None or event in self._own_events or (
                 not self._is_recorded(event.dst)):
@@ -196,9 +196,9 @@ class EventFilter:
     def _update_next_hops(self, event: kernel.Event) -> bool:
         """Add a new route's next hops, or remove a deleted route's next hops.
 
-        Store each new next hop in the ledger too. The next sync cannot read
-        the next hop if the route is deleted before, and a container may
-        already have the address of the next hop.
+        Store each new next hop in the ledger too. If the route is deleted
+        before the next sync, the sync cannot read the next hop, although a
+        container may already have the address of the next hop.
 
         :returns: whether a recorded address became a next hop, or may have
             ceased to be one
@@ -227,11 +227,12 @@ class EventFilter:
             return True
         if index not in self._links:
             # If an interface is deleted or set down, the kernel deletes its
-            # IPv4 routes without events (fib_table_flush). An address that
-            # was refused as a next hop of these routes may now be allowed.
+            # IPv4 routes without events (fib_table_flush). An address that the
+            # last sync refused as a next hop may now be allowed.
             if self._refused and (event.is_gone or not link.up):
                 return True
-            # The record of a virtual machine ends with its macvtap.
+            # If a macvtap is deleted, a sync drops the claims of its virtual
+            # machine.
             return (link.kind == 'macvtap' if event.is_gone
                     else link.name in self._names)
         before = self._links[index]
@@ -252,11 +253,12 @@ def _make_events(outcome: Outcome) -> Iterator[kernel.Event]:
         yield kernel.Event('neighbour', False, each.ifindex, dst=each.dst,
                            item=each)
     for each in model.of_kind(model.Neighbour, outcome.unset):
-        # The kernel reports a neighbour as failed before it deletes it.
+        # Before the kernel deletes a neighbour, it reports the neighbour as
+        # failed.
         for gone in (False, True):
             yield kernel.Event('neighbour', gone, each.ifindex, dst=each.dst)
 
 
 def _select_fields(link: kernel.Link) -> kernel.Link:
-    """Return a link with defaults for the fields that break0 ignores."""
+    """Return a link; fields whose changes need no sync have fixed values."""
     return dataclasses.replace(link, carrier=True, group=0)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Serve the metrics and the health of the agent over HTTP."""
+"""Serves the metrics and the health of the agent over HTTP."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ _BLANK = b'\r\n\r\n'
 class _Connection(channel.HTTPChannel):  # type: ignore[misc]
     """A connection with a deadline for each request.
 
-    Waitress itself only limits the time of silence. A client that sends one
-    byte per second, or does not read its answer, would keep its connection.
-    Tested with waitress 2.1.2 (Debian 12), 3.0.0 and 3.0.2.
+    Waitress itself disconnects a client only after a time without data. A
+    client that sends one byte per second, or does not read its answer, would
+    keep its connection. This class works with waitress 2.1.2 (Debian 12),
+    3.0.0 and 3.0.2.
 
     :ivar began: monotonic time of the start of the connection, or of the first
         byte of its last request
@@ -52,11 +53,11 @@ class _Connection(channel.HTTPChannel):  # type: ignore[misc]
         self._end = b''  # last bytes received; may be the start of _BLANK
 
     def received(self, data: bytes) -> Any:
-        """Parse data, and disconnect a client that sends a second request.
+        """Parse data; disconnect a client that sends data after the header.
 
-        A client that sends a body is disconnected too. Pipelined requests
-        could fill the memory with answers, and parsing hundreds of requests
-        takes tens of milliseconds.
+        Such data is a body or the next request. Pipelined requests could fill
+        the memory with answers, and parsing hundreds of requests takes tens of
+        milliseconds.
         """
         if self.request is None:
             self.began = time.monotonic()
@@ -90,8 +91,9 @@ class Exposition:
         """Return current metrics, or repeat the last answer.
 
         While one thread collects metrics, the other thread repeats the last
-        answer, so ``/livez`` never waits. If requests would use more of the
-        processor than :class:`Pace` grants, they get the last answer too.
+        answer, so that it can also answer ``/livez``. If requests would use
+        more of the processor than :class:`Pace` grants, they get the last
+        answer too.
 
         :param environ: the WSGI environment of the request
         """
@@ -110,8 +112,8 @@ class Exposition:
 
     def _collect(self, environ: dict[str, Any]) -> _Answer:
         head: list[Any] = []
-        # Remove the query, which could select a part of the metrics: other
-        # clients may get the same answer, and need all metrics.
+        # Remove the query, which could select a part of the metrics. Other
+        # clients can get the same answer, and need all metrics.
         body = self._application({**environ, 'QUERY_STRING': ''},
                                  lambda *args: head.extend(args))
         return _Answer(head[0], head[1], body)
@@ -164,8 +166,8 @@ class Server:
 
         :raises OSError: if the endpoint cannot be bound
         """
-        # waitress logs a warning for each bad request, by which clients could
-        # fill the log.
+        # waitress logs a warning for each bad request, so a client could fill
+        # the log.
         logging.getLogger('waitress').setLevel(logging.ERROR)
         with contextlib.ExitStack() as stack:
             # bind(2) needs the scope of a link-local address.
@@ -225,11 +227,11 @@ class Server:
 
 
 def _close_late(connections: dict[int, _Connection]) -> float:
-    """Close connections whose client is late.
+    """Close the connections of late clients.
 
     If the maximum number of connections is open, also close the oldest
-    connections that wait for their client. While the server processes a
-    request, it does not wait for the client, so that connection stays open.
+    connections that wait for their clients. A connection whose request the
+    server is processing stays open, because the server causes the delay.
 
     :param connections: all connections of the server, by descriptor
     :returns: seconds until the next connection may be late
@@ -240,6 +242,7 @@ def _close_late(connections: dict[int, _Connection]) -> float:
     # The newest connection stays: the server has not read its request yet.
     while waiting and (waiting[0].began <= late or len(waiting) > 1
                        and len(connections) >= _CONNECTIONS):
-        # will_close would wait until the client has read its answer.
+        # Do not set will_close: waitress would then wait until the client has
+        # read its answer.
         waiting.pop(0).handle_close()
     return waiting[0].began - late if waiting else _TIMEOUT

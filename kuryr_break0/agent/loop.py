@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Run the agent: reconcile after events, and by a timer."""
+"""Runs the agent: reconciles after events, and by a timer."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _BURST = 0.05
 _SETTLED = 1.0
 #: Minimum time between two syncs, in seconds.
 _PAUSE = 0.1
-#: Processor seconds that repairs of lost break0s may take before such repairs
-#: have to wait. Only the node itself can cause such repairs, so the repairs
-#: have their own pace, and other events do not delay them.
+#: Processor seconds that repairs of lost break0s may take before the next such
+#: repair has to wait. Pods cannot cause these repairs, so the repairs have
+#: their own pace, and events of pods do not delay the repairs.
 _LOSS_CREDIT = 2.0
-#: Number of events in one read that counts as a flood, and seconds to wait
-#: after a flood, so that the next read gets more events.
+#: If one read returns at least _FLOOD events, the agent waits _FLOOD_PAUSE
+#: seconds, so that the next read returns more events at once.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
 #: Seconds between two attempts to serve CNI requests, for example while an
@@ -130,8 +130,8 @@ class Agent:
                 _open_finder(options, ledger) as self._finder:
             has_to_unbind = self._has_to_unbind(ledger)
             while not self._is_stopping and not self._is_reloading:
-                # Watch before the sync, which may miss a record that is
-                # written meanwhile.
+                # Watch before the sync. Otherwise the agent would miss a
+                # record that is written during the sync.
                 if watch is not None:
                     self._watch_records(watch, ledger)
                 self._cni.listen(options)
@@ -143,14 +143,15 @@ class Agent:
                     self._has_discovered &= has_to_unbind
                 self._server.listen(options.metrics_bind)
                 if self._sync(reconciler, event_filter):
-                    # Without a heartbeat, each ADD and DEL makes repairs.
+                    # A failed sync gives no heartbeat. Without a heartbeat,
+                    # each ADD and DEL makes repairs.
                     beat()
                 if self._finder is not None:
                     self._finder.note_records()
                 try:
                     self._wait(events, woken, watch, event_filter)
                 except Exception as err:  # an error must not end the agent
-                    # The next sync repairs changes whose event was not read.
+                    # The next sync also repairs changes with unread events.
                     LOG.error('Cannot wait for events: %r. Reconciling '
                               'everything instead. If this line recurs, '
                               'restart the agent, and report a bug.', err)
@@ -216,8 +217,9 @@ class Agent:
             if woken.fileno() in ready:
                 woken.recv(4096)
             if watch is not None and watch.fileno() in ready:
-                # A failed write leaves only a temporary file. Each sync
-                # repeats the write, so the file must not cause a sync.
+                # A failed write of a record can leave a temporary file. Each
+                # sync repeats the write, so a temporary file must not cause a
+                # sync.
                 if any(not each.startswith(files.UNFINISHED)
                        for each in watch.read()):
                     due = min(due, time.monotonic() + _SETTLED)
@@ -232,7 +234,8 @@ class Agent:
                 now = time.monotonic()
                 if any([event_filter.include(event) for event in received]):
                     due = min(due, now + _BURST)
-                    if is_loss:  # all routes are lost too, so do not wait
+                    # The kernel has deleted all routes too, so do not wait.
+                    if is_loss:
                         loss_due = min(loss_due, now)
                 # The pause after a flood must not delay any work.
                 pause = self._find_sync_time(due, loss_due) - now
@@ -305,9 +308,10 @@ class Agent:
         watch.read()
 
     def _sync(self, reconciler: Reconciler, event_filter: EventFilter) -> bool:
-        """Reconcile the whole node; return whether no part failed."""
+        """Reconcile the whole node; return whether all parts succeeded."""
         began = time.monotonic()
-        is_early = began < self._not_before  # only after a loss
+        # Only the loss of a break0 or parent causes a sync before _not_before.
+        is_early = began < self._not_before
         pace, allowed = ((self._loss_pace, self._not_before_loss)
                          if is_early else (self._pace, self._not_before))
         pace.begin()
@@ -327,9 +331,9 @@ class Agent:
         self._metrics.record_sync(ended - began, error)
         # A sync can be due at once after each failed sync, for example because
         # the changes of the failed sync cause events. In that case each
-        # failure doubles the pause, up to the interval of the timer. After a
-        # quiet time, a failure starts again with the shortest pause, so that
-        # other repairs are not delayed.
+        # failure doubles the pause, up to the interval of the timer. If the
+        # agent has waited longer than the last pause, a failure starts again
+        # with the shortest pause, so that other repairs are not delayed.
         is_later = began - allowed > allowed - self._synced_at
         self._failures = 0 if error is None else 1 if is_later else min(
             self._failures + 1, 20)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Collect the metrics of a node for Prometheus and the agent's health."""
+"""Collects metrics for Prometheus, and describes the agent's health."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ _MAX_LINES = 8
 class Metrics(prometheus_registry.Collector):
     """Metrics of a node.
 
-    Addresses and routes are read at the first scrape after a sync; later
-    scrapes repeat the values. Binds and repairs of all processes are read from
-    the journal.
+    The first scrape after a sync reads addresses and routes; later scrapes
+    repeat the values. The journal contains the binds and repairs of all
+    processes.
 
     The agent's thread updates the metrics, and the server's threads read them.
 
@@ -57,9 +57,9 @@ class Metrics(prometheus_registry.Collector):
 
     def __init__(self, options: config.Options) -> None:
         self.options = options
-        # By default, each counter has a second series with the time of its
-        # creation, which is always the start of the agent. The prometheus
-        # client of Debian 12 has no function disable_created_metrics().
+        # Disable the second series of each counter, the time of its creation:
+        # this time is always the start of the agent. The prometheus client of
+        # Debian 12 has no function disable_created_metrics().
         prometheus_client.metrics._use_created = False
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
@@ -133,7 +133,8 @@ class Metrics(prometheus_registry.Collector):
             self._last_success.set_to_current_time()
             self._succeeded = time.monotonic()
         self._outdated = True
-        # The journal has a maximum size, and may be full before a scrape.
+        # Read the journal now: it has a maximum size, and could be full before
+        # the next scrape.
         self._read_journal()
 
     def count_events(self, events: Sequence[kernel.Event]) -> None:
@@ -145,8 +146,8 @@ class Metrics(prometheus_registry.Collector):
         """Count unbound addresses of containers, and log each address once.
 
         An address with a temporary reason counts from the second search that
-        finds it. A node can have thousands of namespaces, so one call searches
-        only a part of them.
+        finds the address. A node can have thousands of namespaces, so one call
+        searches only some of the namespaces.
 
         :returns: seconds until the next call
         """
@@ -213,9 +214,10 @@ class Metrics(prometheus_registry.Collector):
             since, self._error or 'the first sync has not ended')
 
     def describe_hang(self) -> Optional[str]:
-        """Return the reason for a restart of the agent, or None.
+        """Return the reason why the agent should be restarted, or None.
 
-        If syncs end with an error, a restart does not help.
+        A sync that ends with an error is no reason, because a restart does not
+        repair the error.
         """
         age = time.monotonic() - self._ended
         if age <= self.options.patience:
@@ -223,7 +225,10 @@ class Metrics(prometheus_registry.Collector):
         return 'No sync has ended for %d s' % age
 
     def refresh(self) -> None:
-        """Read the values for :meth:`collect`. Call from one thread only."""
+        """Read the values for :meth:`collect`.
+
+        Two threads must not call this method at the same time.
+        """
         self._read_journal()
         if self._outdated:
             # Clear the flag before the read, because a sync may end meanwhile.
@@ -282,7 +287,7 @@ def _make_gauges(snapshot: Snapshot) -> Iterator[core.Metric]:
         wrong[parent.name],
         int(parent.link is not None and parent.link.up))
         for parent in snapshot.parents.values()}
-    # The parent of an unreadable record is unknown.
+    # Count the problems of unreadable records, whose parent is unknown.
     if wrong[''] or not rows:
         rows[''] = (0, 0, 0, 0, wrong[''], 0)
     for column, (name, text) in enumerate((

@@ -23,13 +23,15 @@ LOG = log.get_logger(__name__)
 #: Sysctls that keep break0 silent on the LAN. They prevent, in this order:
 #: answers to the LAN's ARP requests for addresses of the node; link-local
 #: addresses, with their duplicate address detection and MLD reports; router
-#: solicitations; on a node that forwards IPv6, MLD messages for the group of
-#: all routers; and announcements of addresses. With forwarding = 0, an
-#: interface leaves that group. Unlike MLD version 2, MLD version 1 sends no
-#: message when an interface leaves a group that it has not reported
+#: solicitations; MLD messages for the group of all routers; and announcements
+#: of addresses.
+#:
+#: On a node that forwards IPv6, an interface is in the group of all routers
+#: until its own sysctl forwarding is 0. If an interface leaves a group that it
+#: has not reported, MLD version 1 sends no message, unlike MLD version 2
 #: (igmp6_leave_group). The kernel still forwards packets from break0, by
 #: conf/all/forwarding (ip6_forward). If a user enables conf/all/forwarding
-#: later, break0 does not join the group, because multicast is off
+#: later, break0 does not join the group, because multicast is off on break0
 #: (dev_forward_change).
 QUIET = {'ipv4/conf/%s/arp_filter': 1,
          'ipv6/conf/%s/addr_gen_mode': 1,  # IN6_ADDR_GEN_MODE_NONE
@@ -38,9 +40,11 @@ QUIET = {'ipv4/conf/%s/arp_filter': 1,
          'ipv6/conf/%s/forwarding': 0,
          'ipv4/conf/%s/arp_notify': 0,
          'ipv6/conf/%s/ndisc_notify': 0}
-#: Sysctls that limit the influence of a pod on its node. They prevent packets
-#: with a source that is not routed through break0, redirects and routes from
-#: the pod, proxied answers for other hosts, and packets to loopback addresses.
+#: Sysctls that limit the influence of a pod on its node. The node drops
+#: packets whose source is not routed through break0, and packets of pods to
+#: loopback addresses. The node ignores redirects, source routes, prefixes and
+#: gratuitous ARP of pods. It sends no redirects, and does not answer for other
+#: hosts.
 BORDER = {'ipv4/conf/%s/rp_filter': 1,
           'ipv4/conf/%s/accept_redirects': 0,
           'ipv4/conf/%s/send_redirects': 0,
@@ -88,7 +92,7 @@ class Ensured(NamedTuple):
 
 
 def lower_name(link: kernel.Link) -> Optional[str]:
-    """Return the name of the interface below a link.
+    """Return the name of the lower interface of a link.
 
     Return None if there is no lower interface, or if the lower interface is in
     another namespace.
@@ -192,8 +196,8 @@ class Device:
                 kernel.create_macvlan(self.name, parent, self._mac or new_mac)
                 is_created = True
             except exceptions.KernelRefused:
-                # IPDB can fail after the kernel has created the interface. A
-                # process without the lock may have created it too.
+                # IPDB can fail after the kernel has created the interface, or
+                # because a process without the lock has created the interface.
                 if netlink.link(self.name) is None:
                     raise
             link = netlink.link(self.name)
@@ -371,7 +375,9 @@ class Device:
         present = {address for index, address in addresses
                    if index == link.index}
         for address in present:
-            # The kernel drops addr_gen_mode if the MTU falls below 1280.
+            # If the MTU falls below 1280, the kernel removes IPv6. When the
+            # kernel adds IPv6 again, addr_gen_mode has its default value, and
+            # break0 can get a link-local address.
             if address.version == 6 and address.is_link_local:
                 yield Difference(
                     'heard',
@@ -388,7 +394,7 @@ class Device:
 
 
 def ipv6_text(name: str) -> str:
-    """Return a text about IPv6 addresses of pods on a break0 without IPv6."""
+    """Return the text of the problem that IPv6 is disabled on a break0."""
     return ('IPv6 is disabled on %s, but there are containers with IPv6 '
             'addresses. Enable it: sysctl -w net/%s=0; kuryr-break0 sync'
             % (name, DISABLE_IPV6 % name))

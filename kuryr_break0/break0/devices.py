@@ -62,8 +62,9 @@ class Names:
     :param link_of: returns an interface by its name
     :param links: returns all interfaces; called if the ledger may be new
     :param used: names of the parents that have pods. If such a parent is
-        missing, it was not renamed: the parent was a macvlan, and its break0
-        remains on the interface below that macvlan
+        missing, its name stays in ``by_parent``, because the parent was
+        deleted and not renamed. The parent was a macvlan: the kernel keeps its
+        break0, which is a macvlan on the same lower interface
     """
 
     def __init__(self, options: config.Options, identity: Optional[Identity],
@@ -111,7 +112,7 @@ class Names:
         if (len(name) <= _MAX_NAME and name not in self.by_parent.values()
                 and re.fullmatch(r'[\w.-]+', name, re.ASCII)):
             return name
-        # A digest, since long names often have the same first characters.
+        # Use a digest: the first characters of two long names can be the same.
         return '%s-%s' % (options.device[:6], hashlib.sha256(
             os.fsencode(parent)).hexdigest()[:8])
 
@@ -134,7 +135,11 @@ def recorded(options: config.Options, identity: Optional[Identity],
 
 
 class Devices:
-    """The break0 devices of a ledger. The caller must hold the lock."""
+    """The break0 devices of a ledger.
+
+    The caller of ``get``, ``renew``, ``ensure`` and ``ensure_guard`` holds the
+    lock. Only a bind may proceed without the lock.
+    """
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
@@ -173,7 +178,7 @@ class Devices:
         """Return the break0 of a parent; create or repair it if necessary.
 
         The result is cached. The kernel assigns ifindexes in ascending order,
-        so an interface with the cached ifindex is the examined interface.
+        so a later interface with the cached name has another ifindex.
         """
         cache = self._ledger.cache
         cached = cache.get_recent('device.' + parent)
@@ -216,8 +221,8 @@ class Devices:
         try:
             identity = ledger.ensure_identity()
         except exceptions.LedgerUnavailable as err:
-            # With a new identity the MAC address of break0 can change, which
-            # is better than an unreachable pod.
+            # Continue with a new identity. The MAC address of break0 can
+            # change, but without break0 the pod would be unreachable.
             LOG.error('%s', err)
             identity = Identity.new()
         names = Names(options, identity, netlink.link, netlink.links,
@@ -279,8 +284,9 @@ class Devices:
                      parent: Optional[int], is_filled: bool = False) -> bool:
         """Load the guard of a break0 if it is missing or was changed.
 
-        A new guard has no entries. Pods that have a route need their entries
-        at once. A pod without a route gets its entry together with its route.
+        A new guard has no entries. If pods have a route, a sync must add their
+        entries at once. A pod without a route gets its entries together with
+        its route.
 
         :param parent: the ifindex of the parent
         :param is_filled: whether the guard has the entries of all pods with a
@@ -312,7 +318,7 @@ class Devices:
 
         :param kind: name of the kind in the cache
         :param text: the warning; empty if the problem is solved
-        :param fact: compared instead of the text; for a text that changes
+        :param fact: a text to compare instead of ``text``, if ``text`` changes
             while the problem stays the same
         """
         fact_list = [text and (fact or text)]

@@ -4,10 +4,11 @@
 
 break0 connects pods with their node, without any port security between them.
 The table accepts a packet only if its source is the MAC address and the
-address of a bound pod, and drops messages that could redirect the node. It
-also drops packets with the MAC address of break0 that would leave through the
-parent. In each pod, another table drops packets that the interface of the pod
-sends with another source MAC address than its own.
+address of a bound pod. The table drops redirects and advertisements, which
+could change routes and neighbours of the node. It also drops packets with the
+MAC address of break0 that would leave through the parent. In each pod, another
+table drops packets that the interface of the pod sends with another source MAC
+address than its own.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _TIMEOUT = 5  # seconds; the caller holds the lock meanwhile
 # discovery is dropped. In ARP packets, a pod may use only its own address. A
 # virtual machine has no permanent neighbours, so it sends solicitations to
 # multicast groups. break0 must not join these groups, because a host reports
-# its groups to the LAN. So the table itself answers solicitations: on the
-# egress of the parent, where macvlan sends packets to a group, and on break0.
+# its groups to the LAN. So the table itself answers solicitations: on break0,
+# and on the egress of the parent, to which macvlan sends multicast packets.
 _SETS = '''
 table netdev {table} {{
     set pairs4 {{ type ether_addr . ipv4_addr; }}
@@ -49,8 +50,9 @@ table netdev {table} {{
     set held6 {{ type ether_addr . ipv6_addr; timeout 1s; }}
 }}
 '''
-# Linux 5.10 accepts the definition of a set that exists with another type, but
-# then rejects its elements. So elements are added on trial.
+# If a set exists with another type, Linux 5.10 accepts the definition of the
+# set, but then rejects its elements. So these lines add an element to each set
+# and delete it.
 _TRIAL = ''.join(
     '%s element netdev {table} %s%d {{ %s%s }}\n' % (
         verb, name, version, mac, address)
@@ -117,9 +119,9 @@ _ANSWER, NO_NFT = 'answer', 'there is no program nft'
 
 
 class _Held(model.Pair):
-    """The set entry of a pod for which the node holds packets.
+    """An entry for a pod to which the kernel holds packets.
 
-    The kernel deletes the entry after a second.
+    The kernel deletes the entry after one second.
     """
 
     @property
@@ -197,7 +199,11 @@ class Guard:
 
     @property
     def is_possible(self) -> bool:
-        """Return whether the guard is wanted, and is or can be loaded."""
+        """Return whether the kernel should have the guard.
+
+        If [break0] guard is on, the result is True. If it is auto, the result
+        is True if the guard was loaded or nft is installed.
+        """
         return self.is_wanted and (self._options.guard == config.ON
                                    or self.is_loaded() or is_installed())
 
@@ -239,7 +245,8 @@ class Guard:
         cached = self._cache.get(self._key)
         if not cached or cached[0] != self._digest(link, hosts):
             return False
-        # If no rules are cached, the table was deleted just after its load.
+        # If no rules are cached, another program deleted the table before its
+        # rules were read.
         return bool(cached[3:]) and (
             kernel.open_node_nft().rules(self.table) == cached[3:])
 
@@ -260,8 +267,8 @@ class Guard:
         """Load the table if it is missing or was changed.
 
         The caller must hold the lock. The chains drop packets of each pod
-        without an entry. So if pods have routes, the chains are loaded only
-        when the sets are complete; before that, only the sets are loaded.
+        without an entry. So if pods have routes, this method loads the chains
+        only when the sets are complete, and otherwise loads only the sets.
 
         :param hosts: as for :meth:`problem`
         :param is_used: returns whether pods have routes through break0
@@ -292,7 +299,7 @@ class Guard:
             if against is None:
                 break
         if is_open and against is None:
-            # A table of an earlier version with other sets is replaced.
+            # If the table has sets of an earlier version, replace the table.
             against = _load(nft, sets) and _load(nft, anew)
         if against is not None:
             self._cache.drop(self._key)
@@ -308,7 +315,7 @@ class Guard:
         return is_open
 
     def _answer(self, link: kernel.Link) -> bool:
-        """Add to the table the rules that answer neighbour solicitations.
+        """Add the rules that answer neighbour solicitations to the table.
 
         nft has no syntax for these rules, so they are added by netlink.
 
@@ -364,7 +371,8 @@ class Guard:
         if not self.is_wanted or not (added or deleted):
             return False
         reason = 'it is not loaded' if is_installed() else NO_NFT
-        # The cache may be lost with the state directory: ask the kernel too.
+        # If the state directory was lost, the cache is lost too, so ask the
+        # kernel.
         if self.is_loaded() or self.is_there():
             try:
                 nft = self._nft()
@@ -388,15 +396,16 @@ class Guard:
         the pod for three seconds. Meanwhile TCP does not retransmit the held
         packets (tcp_retransmit_skb). After that time the kernel reports the
         pod as unreachable, and a connection attempt fails. So this method sets
-        the pod's MAC address for a moment: the kernel then sends the packets,
-        and the table forwards them to break0. If the table cannot forward
-        packets, the kernel drops the held packets, and reports the pod as
+        the pod as a neighbour on the parent and then deletes the neighbour.
+        The kernel sends the packets, and the table forwards them to break0. If
+        the table cannot forward packets, this method only deletes the
+        neighbour: the kernel drops the held packets, and reports the pod as
         unreachable at once.
 
         :param parent: ifindex of the parent, on which the node has asked; None
             if the parent is gone
-        :param macs: MAC addresses of the pods, by addresses that have a route
-            now
+        :param macs: MAC addresses of the pods, by address. Each address has a
+            route through break0 now
         """
         if parent is None:
             return

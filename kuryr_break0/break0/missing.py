@@ -20,7 +20,7 @@ from kuryr_break0.ledger import files
 from kuryr_break0 import model
 
 #: Minimum time in seconds from the bind of an address to the first sync that
-#: counts, and from the first sync to the second sync that counts.
+#: finds it missing, and from that sync to the sync that counts it as released.
 PAUSE = 10.0
 #: Key in the ledger's cache for the times of the first sightings.
 _NAME = 'missing'
@@ -38,8 +38,8 @@ class Missing(NamedTuple):
     def __str__(self) -> str:
         return 'the interface %s of its container does not have it, %s' % (
             self.record.owner.ifname,
-            'and has other addresses. A sync unbinds it if that has not '
-            'changed after %d s' % PAUSE if self.is_replaced else
+            'and has other addresses. If the interface still lacks it after '
+            '%d s, a sync unbinds it' % PAUSE if self.is_replaced else
             'and has no other IPv%d address. It stays bound, because a '
             'program in the container, such as a DHCP client, may add it '
             'again' % self.record.address.version)
@@ -50,11 +50,11 @@ def find(states: Collection[kernel.AddressState], link: kernel.Link,
          ) -> list[Missing]:
     """Return the recorded addresses that a namespace does not have.
 
-    Return none if the interface is down. Return none if the newest record has
-    another MAC address, because that record may describe another interface.
-    For ``is_replaced``, two kinds of addresses do not count: link-local
-    addresses, and IPv6 addresses with a limited lifetime, which the kernel
-    creates from router advertisements.
+    If the interface is down, the list is empty. The list is also empty if the
+    newest record has another MAC address than the interface, because the
+    record may describe another interface. Two kinds of addresses do not make
+    ``is_replaced`` true: link-local addresses, and IPv6 addresses with a
+    limited lifetime, which the kernel creates from router advertisements.
 
     :param states: all addresses of the namespace
     :param link: the interface
@@ -79,7 +79,7 @@ def find(states: Collection[kernel.AddressState], link: kernel.Link,
 
 
 class Sightings:
-    """The replaced addresses that earlier syncs found, with their times.
+    """Replaced addresses, each with the time when a sync first found it.
 
     :param cache: cache of the ledger, which keeps the sightings between syncs
     """
@@ -104,8 +104,8 @@ class Sightings:
         :param records: all records of the interface
         :param missing: result of :func:`find` for these records; only replaced
             addresses count
-        :returns: replaced addresses that an earlier sync, at least PAUSE ago,
-            found first
+        :returns: replaced addresses that were first found missing at least
+            PAUSE ago
         """
         now, by_key = files.now(), {_key(each.record): each
                                     for each in missing if each.is_replaced}

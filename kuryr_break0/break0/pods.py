@@ -91,8 +91,8 @@ class Pods:
     def from_successor(self, claims: Claims) -> Claims:
         """Return the successor and all older claims, without newer claims.
 
-        The successor is the newest claim of an interface that still has the
-        address. A claim whose interface cannot be read counts as well.
+        The successor is the newest claim whose interface still has the
+        address, or cannot be read.
 
         :param claims: the claims on one address, the newest first
         :returns: an empty tuple if there is no successor
@@ -130,7 +130,7 @@ class Pods:
         except exceptions.Break0Error as err:
             LOG.warning('The sandbox %s is not configured to reach the node '
                         'yet: %s', records[0].owner, err)
-            cache = self._ledger.cache  # so that no sync logs the error again
+            cache = self._ledger.cache  # the next sync does not log it again
             cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
                                        str(records[0].owner)])
             return []
@@ -176,8 +176,8 @@ class Pods:
 
         A pod side is outdated if its record has another digest than the node
         addresses, or if an earlier sync found one of its addresses replaced by
-        another address. Each call continues where the previous call ended, so
-        that every pod side is compared.
+        another address. The next call continues with the next pod sides, so
+        that every pod side is compared in turn.
 
         :param interfaces: records of each interface, with the node addresses
             that its pod must know
@@ -261,8 +261,8 @@ class Pods:
             for record in outdated:
                 if not self._records.update_newest(record,
                                                    configured=node.digest):
-                    # The unbind preceded the configuration, so it found no pod
-                    # side to remove.
+                    # The address was unbound before its pod side was
+                    # configured, so the unbind removed no pod side.
                     with contextlib.suppress(exceptions.Break0Error):
                         podside.withdraw(record, self._options)
 

@@ -3,13 +3,13 @@
 """The pod side: neighbours and routes in a pod that lead to its node.
 
 Without these entries, a pod asks for the MAC addresses of the node addresses.
-break0 answers ARP requests, but neighbour solicitations get an answer only if
-the guard can send the answer. If the node is outside the subnets of the pod,
-the pod sends packets for the node to the gateway of the pod. A node with
-``rp_filter`` = 1 drops the packets that arrive from the gateway. So the
-namespace of the pod gets a permanent neighbour for each node address, and a
-route to each node address that is not on the link. These neighbours and routes
-have our protocol number.
+break0 answers ARP requests, but only the guard can answer neighbour
+solicitations. If the node is outside the subnets of the pod, the pod sends
+packets for the node to the gateway of the pod. A node with ``rp_filter`` = 1
+drops the packets that arrive from the gateway. So the namespace of the pod
+gets a permanent neighbour for each node address, and a route to each node
+address that is not on the link. These neighbours and routes have our protocol
+number.
 
 The functions raise NetnsUnusable if a namespace cannot be entered, and
 KernelRefused with the first error of the kernel in a namespace.
@@ -33,8 +33,9 @@ from kuryr_break0 import model
 LOG = log.get_logger(__name__)
 
 #: Maximum entries that one dump in a pod reads, because a pod can add any
-#: number of entries. If the pod needs an unread entry, the entry is set again.
-#: If not, a later repair deletes the entry, when fewer entries precede it.
+#: number of entries. If a required entry is beyond this number, each repair
+#: sets the entry again. A stale entry beyond this number stays until the dump
+#: reaches the entry.
 MOST = 512
 
 
@@ -54,7 +55,7 @@ class PodSide:
 
     :param records: records of the interface, all with the same namespace
     :param unreadable: addresses with an unreadable record. If the interface
-        has such an address, the entries of that address's IP version stay
+        has such an address, a repair keeps the entries of its IP version
     :raises InterfaceGone: if there is no such interface
     """
 
@@ -77,8 +78,8 @@ class PodSide:
         self.link = link
         self._index = link.index
         self._mac = bytes.fromhex(link.mac.replace(':', ''))
-        # An interface with another MAC address than the record may be a later
-        # interface with the same name.
+        # If the interface has another MAC address than the record, it may be a
+        # later interface with the same name.
         self._guarded = (options.guard != config.OFF
                          and link.mac == self.record.mac)
 
@@ -107,8 +108,8 @@ class PodSide:
                     return nft.add_source_rule(
                         self._table, self.record.owner.ifname, self._index,
                         self._mac)
-                # Linux has the egress hook since 5.16. Only an attempt shows
-                # whether an older kernel has a backport of the hook.
+                # Linux has the egress hook since 5.16. An older kernel may
+                # have a backport, but only an attempt would show this.
                 return (kernel.read_release() >= (5, 16)
                         and not nft.has_source_rule(
                             self._table, self._index, self._mac))
@@ -268,7 +269,7 @@ def withdraw(record: model.Record, options: config.Options,
 def _release(record: model.Record) -> None:
     """Delete the nftables table of an interface.
 
-    The table outlives the interface.
+    The kernel does not delete the table with the interface.
     """
     with contextlib.suppress(exceptions.KernelRefused), kernel.Nft() as nft:
         nft.delete_table(table_of(record.owner.ifname))

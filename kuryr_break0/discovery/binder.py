@@ -24,13 +24,13 @@ from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
-#: Maximum number of bound addresses of one container, which can have thousands
-#: of addresses in any number of namespaces.
+#: Maximum number of bound addresses of one container. A container can have
+#: thousands of addresses, in any number of namespaces.
 MAX_ADDRESSES = 32
-#: Seconds of a turn of a namespace. Addresses that are not bound by then wait
-#: for the next turn of the namespace.
+#: Seconds to bind addresses of one namespace, before other namespaces get a
+#: turn. The remaining addresses wait for the next turn of their namespace.
 _TURN = 0.03
-#: Maximum number of refusals that are kept in order to log each once. A
+#: Maximum number of stored refusals. A stored refusal is not logged again. A
 #: container can cause any number of refusals. If the maximum is reached, new
 #: refusals are logged only after ``_REFUSAL_SECONDS`` without an addition.
 _MAX_REFUSALS, _REFUSAL_SECONDS = 1024, 60.0
@@ -41,7 +41,8 @@ class Binder:
 
     Only one thread may use it.
 
-    :param on_change: called after each bind, unbind or read of the records
+    :param on_change: function to call after each bind, unbind and read of the
+        records
     """
 
     def __init__(self, options: config.Options, ledger: Ledger,
@@ -98,8 +99,8 @@ class Binder:
         """Bind new addresses of a namespace, and unbind removed addresses.
 
         :param container: see :class:`kernel.ExaminedNamespace`
-        :returns: False if the caller must call again, because addresses are
-            left or an error may be temporary
+        :returns: False if the caller must call again, because this method has
+            not bound all addresses, or because an error may be temporary
         :raises NetnsUnusable: if the path does not lead to the namespace
         """
         bound = self._records.get(location.namespace, {})
@@ -109,7 +110,8 @@ class Binder:
                 sorted({record.owner.ifname for record in bound.values()}))
                 if self._is_eligible(each)]
         except exceptions.KernelRefused as err:
-            LOG.debug('Skipping a network namespace for now: %s', err)
+            LOG.debug('Cannot list the macvlans of %s yet: %s',
+                      location.path, err)
             return False
         present = [(address, macvlan) for macvlan in macvlans
                    for address in macvlan.addresses
@@ -128,8 +130,8 @@ class Binder:
             len(records) for each, records in self._records.items()
             if each != location.namespace and container is not None
             and container == self._containers.get(each))
-        # Rebuilt claims stay even above the maximum, because another program
-        # may have made the lost claims.
+        # Bound addresses stay bound even above the maximum: their claims may
+        # be rebuilt claims, which another program may have made.
         maximum = max(MAX_ADDRESSES - elsewhere, len(bound))
         desired = dict(present[:maximum])
         if len(present) > maximum:
@@ -165,8 +167,9 @@ class Binder:
         refusal = containers.of_interface(self._options, macvlan)
         if refusal is None or refusal[0] is not containers.Reason.OTHER_PARENT:
             return refusal is None
-        # If [break0] parent names a missing interface, for example after a
-        # rename, bound addresses stay: they may be on the intended parent.
+        # If the interface of [break0] parent does not exist, for example after
+        # a rename, bound addresses stay bound: their parent may be this
+        # interface under another name.
         return any(record.owner.ifname == macvlan.link.name for record in
                    self._records.get(macvlan.namespace, {}).values()) and (
             not kernel.has_interface(str(self._options.parent)))
@@ -195,9 +198,9 @@ class Binder:
                         'address of one of them.' % claim.owner_text)
                     return False  # the owner may end soon
                 if claim.is_rebuilt and claim.owner.ifname == owner.ifname:
-                    continue  # the MAC address has changed since
+                    continue  # bind again, because the MAC address has changed
                 return True  # Kuryr, CNI or the command has bound it
-        # Bind each address alone, so that an error concerns this address.
+        # Bind each address alone, so that an error concerns only one address.
         try:
             self._manager.bind(
                 owner, [address], parent=macvlan.parent,
@@ -216,9 +219,12 @@ class Binder:
 
     def _log_refusal(self, address: model.IPAddress, macvlan: kernel.Macvlan,
                      reason: str) -> None:
-        """Log once why an address is not bound, with the remedy.
+        """Log the reason why an address is not bound, once.
 
-        The namespace is read again after the next sync.
+        Also note the namespace, so that the finder reads it again after the
+        next sync.
+
+        :param reason: the reason and the remedy
         """
         if len(self._refused) < _MAX_REFUSALS:
             self._refused.add(macvlan.namespace)
@@ -234,7 +240,7 @@ class Binder:
                         macvlan.link.name, self._describe(macvlan), reason)
 
     def _describe(self, macvlan: kernel.Macvlan) -> str:
-        """Return the namespace of a container, with its name if recorded."""
+        """Return the path of a namespace, with the container name if known."""
         names = [record.pod for record in self._records.get(
             macvlan.namespace, {}).values() if record.pod]
         return '%s (%s)' % (names[0], macvlan.netns) if names else (
@@ -256,11 +262,11 @@ class Binder:
     def unbind_ended(self, namespace: model.NamespaceId) -> bool:
         """Unbind the addresses of a namespace that the kernel has deleted.
 
-        If the deletion is not proven for each address, unbind no address.
+        If the deletion cannot be proven, unbind no address.
 
-        :returns: False if the caller must call again: because an unbind has
-            failed, or because the proof is missing, for example when this
-            process has no free descriptors
+        :returns: False if the caller must call again, because an unbind has
+            failed or the deletion cannot be proven. For example, a proof needs
+            a free file descriptor
         """
         records = self._records.get(namespace)
         if not records:

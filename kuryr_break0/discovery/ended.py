@@ -14,8 +14,8 @@ from kuryr_break0.discovery.namespace import BURST
 from kuryr_break0 import model
 from kuryr_break0.pace import Pace
 
-#: Pause in seconds after which the attempts for a namespace end. A timed sync
-#: then unbinds its addresses.
+#: If the pause after an attempt would be this number of seconds or more, no
+#: attempt follows. A timed sync then unbinds the addresses.
 _GIVE_UP = 60.0
 
 
@@ -23,7 +23,7 @@ _GIVE_UP = 60.0
 class _Attempt:
     """The next attempt to unbind the addresses of a namespace.
 
-    :ivar at: its monotonic time
+    :ivar at: monotonic time of the attempt
     :ivar pause: seconds from this attempt to the following one
     :ivar cause: see :attr:`Namespace.cause`
     """
@@ -36,8 +36,9 @@ class _Attempt:
 class EndedNamespaces:
     """The ended namespaces with addresses that are still bound.
 
-    The kernel deletes a namespace after the event of its end. Until then, the
-    end cannot be proven, and an attempt to unbind the addresses fails.
+    The kernel sends the event of a namespace's end before it deletes the
+    namespace. Until the deletion, the end cannot be proven, and an attempt to
+    unbind the addresses fails.
 
     :param pace: pace of the containers
     """
@@ -66,7 +67,7 @@ class EndedNamespaces:
                     for each in self._attempts.values()), default=math.inf)
 
     def unbind(self) -> None:
-        """Make the due attempts. The pause after each attempt doubles."""
+        """Make the due attempts, and double the pause after each of them."""
         now = time.monotonic()
         for namespace, attempt in list(self._attempts.items()):
             if attempt.at > now or self._pace.wait(attempt.cause):

@@ -33,21 +33,21 @@ LOG = log.get_logger(__name__)
 T = TypeVar('T')
 
 _ID = re.compile(r'[0-9A-Za-z]{1,128}')
-#: The control groups of containers of LXC and Incus, and of systemd-nspawn.
+#: Matches the control group of a container of LXC, Incus or systemd-nspawn.
 #: The first match in a path counts, because a container can create control
-#: groups below its own.
+#: groups below its own control group.
 _CGROUP = re.compile(
     r'/(?:lxc\.payload\.([^/\n]+)|systemd-nspawn@([^/\n]+)\.service'
     r'|machine-([^/\n]+)\.scope)(?=/|$)', re.M)
 _TIMEOUT = 2  # seconds
 _LIMIT = 2 ** 23  # maximum size of an answer in bytes
-#: Seconds from a change to the request: engines list a container only after
-#: they have connected its network.
+#: Seconds from a change to the requests. An engine lists a container only
+#: after the engine has connected the container to a network.
 _SETTLED = 0.3
-#: Seconds after which the requests for the name of a container end. A busy
-#: engine answers late, and some namespaces belong to no engine.
+#: Seconds for which the thread asks for the name of a container. A busy engine
+#: answers late, and some namespaces belong to no engine.
 _PATIENCE = 60
-_RETRY = 1  # seconds until the first repetition; each next pause is doubled
+_RETRY = 1  # seconds until the first retry; each later pause doubles
 
 
 class Namer:
@@ -64,7 +64,7 @@ class Namer:
         self._thread.start()
 
     def request_names(self) -> None:
-        """Let the thread find the names of new records."""
+        """Make the thread find the names of the containers of new records."""
         self._requested.set()
 
     def close(self) -> None:
@@ -156,14 +156,14 @@ class Namer:
 def read_cgroup_name(record: model.Record) -> Optional[str]:
     """Return the name of a container of LXC, Incus or systemd-nspawn.
 
-    These engines do not have Docker's API, but the path of a control group
-    contains the name of its container.
+    These engines do not have Docker's API. The path of a container's control
+    group contains the container's name.
     """
     path = (record.netns or '').rpartition('/ns/')[0]
     with contextlib.suppress(OSError):
         with open(path + '/cgroup', errors='replace') as file:
             match = _CGROUP.search(file.read())
-        # The kernel may have reused the process number in the path.
+        # The kernel may have reused the PID in the path.
         if match and kernel.identify(record.netns) == record.namespace:
             name = ''.join(filter(None, match.groups()))
             name = name.replace('\\x2d', '-')  # escaped by systemd
@@ -206,9 +206,10 @@ def list_containers(path: str, proc_dirs: tuple[str, ...]
 
 
 def _get_field(of: Any, key: str, kind: type[T]) -> T:
-    """Return a field of an answer, or an empty value.
+    """Return a field of an answer, or an empty value of its type.
 
-    :param kind: type of the field; any other type yields an empty value
+    :param kind: type of the field. If the field is missing or has another
+        type, the function returns an empty value
     """
     value = of.get(key) if isinstance(of, dict) else None
     return value if isinstance(value, kind) else kind()

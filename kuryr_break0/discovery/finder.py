@@ -3,9 +3,9 @@
 """Find the namespaces of containers, and keep their addresses bound.
 
 A container can change its namespace a thousand times per second. So an event
-only marks the namespace, and a namespace that changes all the time is read
-once per second. Containers that exceed their credit of processor time share a
-tenth of a processor, and do not delay other containers.
+only marks the namespace, and the finder reads a namespace that changes all the
+time once per second. Containers that exceed their credit of processor time
+share a tenth of a processor, and do not delay other containers.
 
 After an event, the finder searches new mounts and new processes for
 namespaces. If the search does not find the namespace of the event, the finder
@@ -34,14 +34,14 @@ LOG = log.get_logger(__name__)
 
 #: Maximum duration of :meth:`Finder.work` in seconds.
 _STEP = 0.05
-#: Number of messages in one read that counts as a flood, and seconds to wait
-#: after a flood, so that the next read gets more messages.
+#: Minimum number of messages in one read that counts as a flood.
 _FLOOD = 32
+#: Seconds to wait after a flood, so that the next read gets more messages.
 _FLOOD_PAUSE = 0.1
 #: Seconds between two searches if the kernel sends no events.
 _POLL_INTERVAL = 1.0
-#: Seconds after a change in which the next change is likely. If events are
-#: lost, namespaces with a change in this time are read before all others.
+#: Seconds after a change in which the namespace will probably change again. If
+#: events are lost, the finder reads such namespaces before all others.
 _ACTIVE = 10.0
 #: Maximum time in seconds from the end of a namespace until the kernel deletes
 #: its macvlans, on a node without much load.
@@ -54,7 +54,8 @@ class Finder:
     Only one thread may use it.
 
     :param options: options with ``discover`` set to true
-    :param on_change: called after each bind, unbind or read of the records
+    :param on_change: function to call after each bind, unbind and read of the
+        records
     """
 
     def __init__(self, options: config.Options, ledger: Ledger,
@@ -89,10 +90,10 @@ class Finder:
         self._search_at: Optional[float] = None
         self._search_all_at: Optional[float] = 0.0
         self._mounts_changed = False
-        #: whether an event reported a macvlan in a namespace without a number
+        #: whether a macvlan may have changed in a namespace without a number
         self._is_unexplained = False
-        #: monotonic time until which the end of a namespace explains an event
-        #: about a macvlan in a namespace without a number
+        #: monotonic time until which an event about a parent may come from the
+        #: end of a known namespace
         self._explained_until = 0.0
         self._not_before = 0.0
         #: paces of the searches: for new namespaces, and for all namespaces
@@ -131,17 +132,18 @@ class Finder:
         for number in changes.changed & numbers:
             self._queue.mark(self._numbers[number], now)
         for number in changes.ended & numbers:
-            # The event may concern an earlier namespace, because the kernel
-            # reuses numbers. So examine the present namespace again.
+            # The kernel reuses numbers, so the event may be about an earlier
+            # namespace with this number. So examine the present namespace
+            # again.
             location = self._numbers[number].location
             self._remove(self._numbers[number])
             self._unexamined.setdefault(location.place, location)
         if changes.ended:
             self._explained_until = now + _ENDING
-        # A change of a macvlan causes an event for its parent and, if its
-        # namespace has a number, a second event with the number. When the
-        # namespace has ended, the kernel deletes the macvlan, and sends only
-        # the event for the parent.
+        # A change of a macvlan causes an event about its parent. If the
+        # macvlan's namespace has a number, a second event has this number.
+        # When a namespace has ended, the kernel deletes its macvlans, and
+        # sends only the events about the parents.
         self._is_unexplained |= (
             changes.is_stacked and not changes.changed
             and now >= self._explained_until)
@@ -237,8 +239,8 @@ class Finder:
         """Alternately return the newest and the oldest unexamined namespace.
 
         A container can create namespaces faster than the finder examines them.
-        A search lists namespaces with a name last, as the newest. So even
-        then, a namespace with a name is examined at once, and every other
+        A search lists namespaces with a name last, as the newest. So the
+        finder examines a namespace with a name at once, and each other
         namespace within a limited time.
         """
         self._took_newest = not self._took_newest
@@ -278,13 +280,13 @@ class Finder:
                     not namespace.location.is_current()):
                 new[each.place] = each
         for place, each in new.items():
-            # Prefer an existing name, because it can outlast the process, for
-            # example a process of "ip netns exec".
+            # Prefer a name to the path of a process, because the process can
+            # end before the namespace, as with "ip netns exec".
             known = self._unexamined.get(place)
             if each.is_named or known is None or not (
                     known.is_named and known.is_current()):
-                # Move the namespace to the end, as the newest: an ended one
-                # may have had the same inode.
+                # Move the namespace to the end, as the newest. The previous
+                # entry may be for an ended namespace with the same inode.
                 self._unexamined.pop(place, None)
                 self._unexamined[place] = each
         if self._is_unexplained and new.keys() <= self._namespaces.keys():
@@ -311,8 +313,8 @@ class Finder:
                 self._ended.discard(location.namespace)
                 if present[place].path != location.path or (
                         location.process is None and present[place].process):
-                    # Another namespace may have the inode now, or a process
-                    # may now identify the container.
+                    # Another namespace may have the inode now, or the new
+                    # process may identify the container.
                     self._unexamined[place] = present[place]
                 if self._events is None:
                     self._queue.mark(namespace, now)
@@ -333,14 +335,14 @@ class Finder:
         """Identify a found namespace, and then read it.
 
         The kernel sends events of a namespace only if the namespace has a
-        number. The identification assigns the number before the read, so that
-        each later change causes an event.
+        number. :func:`kernel.examine_namespace` assigns the number before the
+        read, so that each change after the read causes an event.
         """
         self._queue.pace.begin()
         try:
             examined = kernel.examine_namespace(location)
         except exceptions.NetnsUnusable as err:
-            LOG.debug('Skipping a network namespace for now: %s', err)
+            LOG.debug('Cannot examine %s yet: %s', location.path, err)
             return
         location, container, number = examined
         namespace = self._namespaces.get(location.place)
@@ -367,10 +369,9 @@ class Finder:
             self._read(namespace, namespace.cause)
 
     def _read(self, namespace: Namespace, cause: Hashable) -> None:
-        """Read a namespace; bind new and unbind removed addresses.
+        """Read a namespace; bind new addresses, and unbind removed addresses.
 
-        :param cause: the cause to charge, which is the routine if no change of
-            the namespace is known
+        :param cause: the cause to charge for the processor time
         """
         now = time.monotonic()
         self._queue.pace.begin()
@@ -388,7 +389,8 @@ class Finder:
                 self._queue.mark(namespace, now)
             else:
                 self._remove(namespace)
-                # The path may lead to another namespace, so examine it again.
+                # The path may lead to another namespace now, so examine the
+                # path again.
                 self._unexamined.setdefault(namespace.location.place,
                                             namespace.location)
         except Exception:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Calculate the time at which a changed namespace is read."""
+"""Calculate the time of the next read of a changed namespace."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kuryr_break0 import kernel
 #: Seconds from an event to the read of its namespace, so that one read handles
 #: a whole burst of events.
 BURST = 0.03
-#: Seconds between two reads of a namespace while it has credit, the maximum
-#: credit in reads, and seconds between two reads without credit. 24 reads are
-#: enough for an engine that replaces an interface several times.
+#: Minimum seconds between two reads of a namespace that has credit, maximum
+#: credit in reads, and minimum seconds between two reads without credit. 24
+#: reads are enough for an engine that replaces an interface several times.
 _SOON, _MAX_CREDIT, LAST = 0.06, 24.0, 1.0
 
 
@@ -26,10 +26,10 @@ class Namespace:
     :ivar number: see :class:`kernel.ExaminedNamespace`
     :ivar due: monotonic time of the next read; None if nothing has changed
     :ivar read_at: monotonic time of the last read
-    :ivar credit: number of reads that may follow at intervals of ``_SOON``;
+    :ivar credit: number of reads that may follow at intervals of ``_SOON``. It
         grows by one every two seconds
-    :ivar changed_at: monotonic time of the last change, when ``credit`` was
-        calculated
+    :ivar changed_at: monotonic time of the last change, at which ``credit``
+        was calculated
     """
 
     location: kernel.NamespaceLocation
@@ -42,7 +42,7 @@ class Namespace:
 
     @property
     def cause(self) -> Hashable:
-        """Return the cause that :class:`~kuryr_break0.pace.Pace` charges.
+        """Return the cause to charge (:class:`~kuryr_break0.pace.Pace`).
 
         All namespaces of a container have the same cause. A namespace without
         a container is a cause of its own.

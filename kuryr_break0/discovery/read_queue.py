@@ -2,10 +2,11 @@
 
 """Order the namespaces to read, and limit the time for each container.
 
-Changed namespaces are read first. The routine follows, which is a timed read
-of all namespaces, even without a known change. If the work for one container
-exceeds the container's share of the processor, its namespaces wait, so that
-they do not delay other containers. The routine has a share of its own.
+The queue returns changed namespaces first. The routine comes last: it is a
+timed read of all namespaces, even of namespaces without a known change. If the
+work for one container exceeds the container's share of the processor, the
+container's namespaces wait, so that they do not delay other containers. The
+routine has a share of its own.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class ReadQueue:
         return True
 
     def add_routine(self, namespaces: Iterable[Namespace]) -> None:
-        """Add namespaces without a known change."""
+        """Add namespaces to the routine."""
         for namespace in namespaces:
             self._routine.setdefault(namespace.location.place, namespace)
 

@@ -31,8 +31,9 @@ def make_owner_id(namespace: model.NamespaceId) -> str:
 def read_unit() -> str:
     """Return the systemd service of this process.
 
-    :returns: path of its control group; empty outside of a service, for
-        example in a session or in a container without systemd
+    :returns: path of the service's control group. If this process is in no
+        service, for example in a session or in a container without systemd,
+        an empty text
     """
     with contextlib.suppress(OSError, ValueError), \
             open(_CGROUPS, errors='surrogateescape') as file:
@@ -40,8 +41,8 @@ def read_unit() -> str:
             _, kind, path = line.rstrip('\n').split(':', 2)
             parts = path.split('/')
             while parts and not parts[-1].endswith(('.service', '.scope')):
-                # With Delegate=, a service has control groups below its own
-                # control group.
+                # If a service has Delegate=, its processes can be in control
+                # groups below the control group of the service.
                 parts.pop()
             if kind in ('', 'name=systemd') and parts and (
                     parts[-1].endswith('.service')):
@@ -57,8 +58,9 @@ def store_unit(ledger: Ledger) -> None:
 def is_this_unit(ledger: Ledger) -> bool:
     """Return whether the last discovering agent ran in this service.
 
-    If so, and ``discover`` is false now, the operator has changed the option.
-    If not, the discovering agent may still run, in another service.
+    If the result is True, and ``discover`` is false now, the operator has
+    changed the option. If the result is False, the discovering agent may still
+    run in another service.
     """
     unit = read_unit()
     return bool(unit) and ledger.cache.get(_UNIT) == [unit]
@@ -96,8 +98,9 @@ def find_discovered(ledger: Ledger) -> Iterable[model.Record]:
 def find_maintained(ledger: Ledger) -> Iterator[model.Record]:
     """Return the claims that discovery updates and deletes.
 
-    Discovery has made these claims, or they were rebuilt. The origin of a
-    rebuilt claim is unknown, so perhaps no other program will delete it.
+    These are the claims that discovery has made, and rebuilt claims. The
+    program that made a rebuilt claim is unknown, so discovery must delete the
+    claim when its container ends.
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """

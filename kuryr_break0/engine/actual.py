@@ -36,8 +36,8 @@ def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
     """Return a snapshot of ledger and kernel.
 
     :param patience: seconds to wait for a bind or unbind to end
-    :param ways: whether to check that the kernel uses the routes through
-        break0, by look-ups
+    :param ways: whether to check by look-ups that the kernel uses the routes
+        through break0
     :raises Break0Error: if the ledger or the kernel cannot be read
     """
     contents, reading, is_steady = ledger.inspect(
@@ -46,7 +46,7 @@ def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
 
 
 class _Reading:
-    """Reads the kernel, and builds a snapshot from its state and claims."""
+    """Reads the kernel; builds a snapshot of the kernel and the claims."""
 
     def __init__(self, options: config.Options, ledger: Ledger,
                  netlink: kernel.Netlink, ways: bool) -> None:
@@ -64,7 +64,8 @@ class _Reading:
             options, self._identity, netlink.links).values()}
         links = [link for link in map(self._link, names) if link is not None]
         indexes = [link.index for link in links]
-        # A next hop through a break0 is a pod, for example a VPN gateway.
+        # List next hops through break0s separately: such a next hop is a pod,
+        # for example a VPN gateway, and may be bound.
         self._routes = netlink.routes(indexes)
         self._neighbours = {0: [], **{index: netlink.neighbours(index)
                                       for index in indexes}}
@@ -88,8 +89,8 @@ class _Reading:
         With the default routing rules, only addresses in table local and
         addresses with several routes can be affected. A look-up of an address
         takes two requests, together about 0.03 ms. The first request has no
-        source, like a new connection of the node. The second request has the
-        source of our route, like an answer of the node.
+        source, like a new connection from the node. The second request has the
+        source of our route, like an answer from the node.
 
         :param devices: the ifindex of the VRF of each break0, by the ifindex
             of break0; 0 without a VRF
@@ -199,7 +200,8 @@ class _Reading:
         if names.primary is None and new:
             names.primary = min(new, key=lambda name: min(
                 record.bound_at for record in used[name].values()))
-        # The parent of a break0 without our alias is its lower interface.
+        # If neither a record nor an alias names the parent of the break0 with
+        # the configured name, the parent is its lower interface.
         primary = names.primary or (device.lower_name(link) if link else None)
         for name in sorted({*used, *names.by_parent,
                             *filter(None, [primary])}):
@@ -229,7 +231,7 @@ class _Reading:
                     exceptions.ParentUnfit) as err:
                 conflict = err
         usable = None if conflict is not None else link
-        index = usable.index if usable is not None else 0  # no interface
+        index = usable.index if usable is not None else 0  # never an ifindex
         if index not in self._neighbours:
             self._neighbours[index] = self._netlink.neighbours(index)
         neighbours = self._neighbours[index]
@@ -253,7 +255,8 @@ class _Reading:
                  for route in model.of_kind(model.HostRoute, some)},
                 usable.mac, usable.name)
         items: dict[model.IPAddress, tuple[model.Item, ...]] = {**desired}
-        # By now, another pod may have the recorded MAC address of a sibling.
+        # A recorded sibling may be gone, and another pod may have its MAC
+        # address now.
         admitted = [] if entries is None else [
             dataclasses.replace(record, siblings=()) if record.siblings
             else record for record in live.values()
@@ -282,7 +285,7 @@ class _Reading:
                       ) -> Iterator[tuple[str, str]]:
         """Yield a difference if the parent of a break0 was renamed.
 
-        A sync records the present name, and so ends the difference.
+        A sync repairs the difference: it records the present name.
         """
         for parent, recorded in (self._identity.devices.items()
                                  if self._identity else ()):
@@ -328,9 +331,9 @@ class _Reading:
         """Return the addresses that must not have items on a parent.
 
         These are refused addresses, addresses with a living claim on another
-        parent, and addresses of gone sandboxes. The address of a gone sandbox
-        is left out if its neighbour has a MAC address that no gone claim has,
-        because the items may then belong to an unrecorded pod.
+        parent, and addresses of gone sandboxes. If the neighbour of a gone
+        sandbox's address has a MAC address that no gone claim has, the result
+        omits the address, because the items may belong to an unrecorded pod.
         """
         withdrawn = {address for address, record in self._live.items()
                      if record.parent != parent}.union(self._refused)

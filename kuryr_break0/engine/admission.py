@@ -50,8 +50,9 @@ class Admission:
         try:
             facts = self._facts(address, parent)
         except (exceptions.Break0Error, OSError) as err:
-            LOG.warning('Binding %s without knowing whether it is in use on '
-                        'this node: %s', address, err)
+            LOG.warning('Cannot check whether this node itself uses %s: %s. '
+                        'Binding it; the next sync checks it again', address,
+                        err)
             return None
         return self._policy.refusal(address, origin, facts)
 
@@ -75,8 +76,8 @@ class Admission:
             next_hops = sorted(map(str, by_version))
             cache.put('next_hops', next_hops)
             self._ledger.add_next_hops(by_version)
-        # Only a sync writes this cache, because the time to list the next hops
-        # through break0 grows with the number of pods.
+        # Only a sync writes `through_break0`, because the time to list the
+        # next hops through break0 grows with the number of pods.
         through_break0 = cache.get('through_break0') or ()
         text = str(address)
         return policy.Facts(

@@ -3,9 +3,10 @@
 """Sets and deletes the guard entries, neighbours and routes of addresses.
 
 Bind, unbind, sync and cleanup use this module, and no other module changes
-these items. :func:`apply` sets guard entries first, then neighbours, then
-routes, so that the kernel never asks the LAN for the MAC address of a pod. For
-the same reason, a route is deleted before its neighbour.
+these items. :func:`apply` changes guard entries first. It sets a neighbour
+before its route, and deletes a route before its neighbour: with a route but
+without the neighbour, the kernel would ask the LAN for the MAC address of the
+pod.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LOG = log.get_logger(__name__)
 
 
 class Work(NamedTuple):
-    """The changes for one address on a break0.
+    """The changes of the items of one address on a break0.
 
     :ivar set: the items to set
     :ivar unset: the items to delete; a missing item is no error
@@ -95,7 +96,7 @@ def apply(netlink: kernel.Netlink, guard: Guard,
 
 
 def _changes(work: Work) -> Iterator[kernel.Change]:
-    """Return the changes of routes and neighbours, in the order to apply."""
+    """Yield the changes of routes and neighbours, in the order to apply."""
     for neighbour in model.of_kind(model.Neighbour, work.set):
         yield Verb.REPLACE, neighbour
     for route in model.of_kind(model.HostRoute, work.set):

@@ -2,8 +2,8 @@
 
 """Searches the namespaces of the node for unbound containers.
 
-An unbound container has no record, so a comparison with the ledger cannot show
-the container. This module finds its macvlan on an interface of the node.
+An unbound container has no record, so the ledger does not show the container.
+This module finds the macvlan of the container on an interface of the node.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ PASSING = (Reason.NOT_DISCOVERED, Reason.TENTATIVE, Reason.NO_ADDRESS,
 class Unserved:
     """An address that is not bound, or an interface without an address.
 
-    :ivar name: name of the container; None if no record contains the name. The
-        container engine is not asked, because its answer can take seconds
+    :ivar name: name of the container; None if no record contains the name.
+        This module does not ask the container engine for the name, because an
+        answer can take seconds
     """
 
     macvlan: kernel.Macvlan
@@ -129,8 +130,8 @@ def network_of(address: model.IPAddress) -> model.IPNetwork:
     there is no route, the prefix length is 24 for IPv4, and 64 for IPv6.
     """
     with kernel.Netlink() as netlink:
-        # The address has no route through break0, so the look-up returns the
-        # route of the parent.
+        # An unbound address has no route through break0, so the look-up
+        # returns the route through the parent.
         route = netlink.lookup(address)
     length = route.dst_len if route is not None and route.dst else 0
     if not 0 < length < address.max_prefixlen:
@@ -160,11 +161,12 @@ class _Judge:
     def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
         parent = self._snapshot.parents.get(macvlan.parent)
         if parent is not None and parent.ownership.is_foreign:
-            return  # another or a lost ledger has bound the macvlan
+            return  # the macvlan may be in the records of that ledger
         if not self._options.discover and any(
                 _is_of(claim, macvlan) for address in macvlan.addresses
                 for claim in self._snapshot.contents.claims.get(address, ())):
-            # The program that bound the macvlan selects the addresses to bind.
+            # Without discovery, the program that bound one address of the
+            # macvlan decides about the other addresses too.
             return
         of_all = of_interface(self._options, macvlan)
         name = self._names.get(macvlan.namespace)

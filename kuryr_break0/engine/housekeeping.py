@@ -2,9 +2,9 @@
 
 """Maintains a node without an agent, in a short run at each ADD and DEL.
 
-Kuryr does not pass on the DEL of a pod that is deleted in the API, and other
-programs may delete routes. While an agent is alive, housekeeping does nothing,
-because the agent syncs.
+If a pod is already deleted in the API, Kuryr does not pass its DEL to the
+driver. Other programs may delete routes. While an agent is alive, housekeeping
+does nothing, because the agent syncs.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Housekeeping:
     def run(self) -> None:
         """Run once, unless an agent is alive.
 
-        Except in :meth:`_repair`, the duration does not depend on the number
-        of pods.
+        The duration does not depend on the number of pods, except for listing
+        the names of all records and for the work of :meth:`_repair`.
 
         :raises Break0Error: the first error
         """
@@ -77,9 +77,9 @@ class Housekeeping:
     def _repair(self) -> None:
         """Sync if routes were lost or the addresses of the node have changed.
 
-        Counting 1,000 routes takes about 1 ms. The number of routes that a
-        sync could not set is cached, so that these routes do not cause another
-        sync.
+        Counting 1,000 routes takes about 1 ms. The cache keeps the number of
+        routes that are still missing after a sync. Only a greater number
+        causes the next sync.
         """
         cache = self._ledger.cache
         expected = cache.get_number('missing')
@@ -101,6 +101,7 @@ class Housekeeping:
 
     def _missing(self) -> int:
         devices = self._engine.devices
-        with transaction.begin(self._ledger):  # no bind may run meanwhile
+        # A bind writes a record before its route, so count under the lock.
+        with transaction.begin(self._ledger):
             return self._ledger.records.count() - devices.count_routes(
                 devices.names())

@@ -2,9 +2,9 @@
 
 """Computes the changes that reconcile the kernel with the ledger.
 
-The functions do no I/O. A route or neighbour of ours without a record is
-``unclaimed``, and :func:`compute` does not delete it: the ledger may have been
-lost, or the item may belong to another ledger.
+The functions do no I/O. Routes and neighbours with our protocol number and
+without a record are ``unclaimed``. :func:`compute` does not delete unclaimed
+items: the ledger may have been lost, or an item may belong to another ledger.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Outcome(Plan):
     :ivar devices: defects of break0s, each with the name of the break0
     :ivar pods: owners of the pod sides that differed
     :ivar released: claims on addresses that the sandbox has released, with the
-        evidence
+        reasons
     :ivar missing: claims on addresses that the interface lacks, with a
         description
     :ivar rebuilt: records that were rebuilt from routes and neighbours
@@ -78,7 +78,8 @@ def is_others(route: model.HostRoute, devices: Collection[Optional[int]],
               protocol: int) -> bool:
     """Return whether a route is foreign.
 
-    A route on a break0 is not foreign, even if another program has set it.
+    A foreign route has another interface than the break0s, and another
+    protocol number than ours.
 
     :param devices: ifindexes of break0s
     :param protocol: our protocol number
@@ -95,12 +96,14 @@ def compute(desired: Mapping[model.IPAddress, Collection[model.Item]],
     """Return the changes that turn the present items into the desired ones.
 
     A route on break0, or with our protocol number, is not foreign. If such a
-    route conflicts with the route of a pod, the plan replaces it. All other
-    routes are foreign. Before our route exists, each foreign route to the
-    address is a conflict, because our route has the lowest metric and would
-    override it. Once our route exists, only a foreign route with the same
-    metric is a conflict. The plan deletes only routes that are on break0 and
-    have our protocol number.
+    route has the table and the metric of a pod's route, the plan replaces it.
+
+    All other routes are foreign. While the pod's route does not exist, each
+    foreign route to the address in the same table is a conflict, because the
+    pod's route has the lowest metric and would override the foreign route.
+    Once the pod's route exists, only a foreign route with the same metric is a
+    conflict. The plan deletes only routes that are on break0 and have our
+    protocol number.
 
     :param desired: items that the addresses of pods must have, by address
     :param present: host routes of the node, and permanent neighbours and guard
@@ -108,7 +111,7 @@ def compute(desired: Mapping[model.IPAddress, Collection[model.Item]],
     :param device: ifindex of break0
     :param protocol: our protocol number
     :param withdrawn: addresses that must not have items on this break0
-    :param claimed: addresses with a record, perhaps for another break0
+    :param claimed: addresses with a record, for any break0
     :param unreadable: addresses with an unreadable record
     :param is_refilled: whether the guard will be loaded again. The plan then
         sets guard entries for unclaimed addresses too, because otherwise the
@@ -152,7 +155,8 @@ def compute(desired: Mapping[model.IPAddress, Collection[model.Item]],
     foreign = {address: route for address, route in foreign.items()
                if address not in held
                or route.metric == routes[address].metric}
-    # Without its route, an address needs neither neighbour nor guard entry.
+    # While a foreign route prevents the route of an address, the address
+    # needs neither neighbour nor guard entry.
     blocked = {address for address in foreign if routes[address] not in kept}
     missing = [item for address, items in desired.items()
                if address not in blocked for item in items

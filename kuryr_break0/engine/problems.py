@@ -2,8 +2,9 @@
 
 """Lists the problems of a snapshot: of the node, break0s, addresses and pods.
 
-A problem stops traffic, or is a difference that a sync repairs. Status, sync,
-CHECK, metrics and doctor report the problems of this list and no others.
+A problem stops traffic, or is a difference that a sync repairs. The commands
+status, sync and doctor, the metrics, and CHECK of the CNI plugin all use these
+functions, so that their results agree.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kuryr_break0 import model
 
 #: Subject of the problems of the node itself.
 NODE = 'the node'
-#: Problems of a break0 that explain all problems of its addresses.
+#: Kinds of problems of a break0 that cause all problems of its addresses.
 CAUSES = ('parent-missing', 'parent-mismatch', 'parent-vrf', 'parent-down',
           'macvlan-impossible', 'break0-foreign', 'break0-wrong-parent',
           'break0-missing', 'break0-vrf', 'break0-down', 'break0-mac')
@@ -150,13 +151,15 @@ def of_device(parent: Parent, snapshot: Snapshot) -> Iterator[Problem]:
     for kind, text in parent.differences:
         if kind != 'ipv6':
             yield problem('break0-' + kind, '%s: %s' % (name, text))
-    # A sync that corrects the MAC address also loads the guard again.
+    # The guard contains the MAC address. If the MAC address is wrong, report
+    # only 'mac': a sync repairs both.
     if parent.guard and all(kind != 'mac' for kind, _ in parent.differences):
         yield problem('guard-missing' if is_installed()
                       else 'guard-unavailable', '%s: %s' % (
                           name, parent.guard if is_installed()
                           else '%s, and %s' % (parent.guard, NO_NFT)))
-    # A sync enables IPv6, unless it is disabled on all interfaces.
+    # The loop above omits 'ipv6', a difference that exists only if a sync can
+    # enable IPv6. Report disabled IPv6 in all cases.
     if (any(address.version == 6 for address in live)
             and kernel.read_sysctl(device.DISABLE_IPV6 % name) != 0):
         yield problem('ipv6-disabled', device.ipv6_text(name))
@@ -200,7 +203,7 @@ def _of_addresses(snapshot: Snapshot) -> Iterator[Problem]:
             yield each if cause is None else each._replace(
                 kind=cause.kind, text=cause.text)
         if parent.other is not None:
-            continue  # the other ledger can have the records
+            continue  # unclaimed items may have records in the other ledger
         for address in _destinations(parent.plan.unclaimed):
             yield Problem(
                 'route-stale' if address in parent.routes
@@ -253,15 +256,15 @@ def _on(parent: Parent, explained: set[model.IPAddress]) -> Iterator[Problem]:
                           'missing', True)
     for kind, items, text in (
             ('route-extra', model.of_kind(model.HostRoute, plan.unset),
-             'a route'),
+             'route'),
             ('neighbour-extra', model.of_kind(model.Neighbour, plan.unset),
-             'a neighbour entry'),
+             'neighbour entry'),
             ('guard-missing', model.of_kind(model.Pair, plan.unset)
-             if not parent.guard else [], 'a guard entry')):
+             if not parent.guard else [], 'guard entry')):
         for address in _destinations(items):
             if address not in explained and address not in foreign:
                 yield Problem(kind, address,
-                              'its record does not need %s' % text)
+                              'it has a %s that no record needs' % text)
     for address, (through, get) in parent.astray.items():
         yield Problem('route-not-used', address, 'packets to it do not leave '
                       'through %s: %s. See: ip route get %s; ip -%d rule' % (
@@ -353,7 +356,9 @@ def _in_pod(records: Sequence[model.Record], parent: Parent,
                         ', and rp_filter of %s is 1' % parent.name
                         if is_dropped else ''),
                     host.version, not is_reached)
-            elif not is_changed:  # a new MAC address deletes the neighbours
+            # If the MAC address of an interface changes, the kernel deletes
+            # the interface's neighbours (neigh_changeaddr).
+            elif not is_changed:
                 mac = macs.get(host)
                 add('pod-neighbour-wrong' if mac else 'pod-neighbour-missing',
                     text + 'the neighbour for the node address %s is %s, but '
@@ -368,9 +373,10 @@ def _in_pod(records: Sequence[model.Record], parent: Parent,
 def is_strict(parent: Parent) -> bool:
     """Return whether rp_filter of a parent is strict.
 
-    A strict rp_filter drops packets that a pod sends through its gateway: they
-    arrive on the parent, but the route to the pod uses break0. The kernel
-    applies the larger value of ``all`` and the interface.
+    A strict rp_filter drops packets that a pod sends through its gateway: the
+    packets arrive on the parent, but the route to the pod uses break0. The
+    kernel uses the larger value of ``all`` and the interface
+    (IN_DEV_RPFILTER).
     """
     return max(kernel.read_sysctl('ipv4/conf/%s/rp_filter' % name) or 0
                for name in ('all', parent.name)) == 1
@@ -379,7 +385,7 @@ def is_strict(parent: Parent) -> bool:
 def unjudged_text(snapshot: Snapshot) -> str:
     """Describe the claims of sandboxes that may have ended.
 
-    :returns: empty if there are no such claims
+    :returns: an empty text if there are no such claims
     """
     for record, reason in snapshot.unjudged.items():
         return ('cannot find out whether the sandboxes of %d addresses '
@@ -397,13 +403,13 @@ def foreign_text(route: model.HostRoute) -> str:
 
 def guard_text(added: Iterable[model.Item], deleted: Iterable[model.Item]
                ) -> Iterator[str]:
-    """Return a text with the numbers of missing and stale guard entries.
+    """Yield a text about missing and stale guard entries, if there are any.
 
-    The numbers count addresses. An address can have several guard entries.
+    The text contains the number of their addresses. An address can have
+    several guard entries.
 
-    :param added: items to set; all but guard entries are ignored
-    :param deleted: items to delete; all but guard entries are ignored
-    :returns: one text, or none if no entries are missing or stale
+    :param added: items to set; only guard entries count
+    :param deleted: items to delete; only guard entries count
     """
     lacking, stale = (
         len({pair.dst for pair in model.of_kind(model.Pair, items)})

@@ -23,9 +23,9 @@ from kuryr_break0 import model
 
 def find(options: config.Options, snapshot: Snapshot,
          parents: Collection[Parent]) -> Iterator[model.Record]:
-    """Return the records of the pods that unclaimed items belong to.
+    """Yield a new record for each unclaimed item that belongs to a macvlan.
 
-    Unreadable records are rebuilt as well.
+    If the record of an item is unreadable, the item is treated as unclaimed.
 
     :param parents: the parents with a break0 of this ledger; the pods of other
         parents have their records in another ledger
@@ -57,9 +57,10 @@ def find(options: config.Options, snapshot: Snapshot,
 
 
 def _sibling(snapshot: Snapshot, macvlan: kernel.Macvlan) -> model.Record:
-    """Return a record of a macvlan, from which to copy the owner.
+    """Return a record of a macvlan, so that the caller can copy the owner.
 
-    If the macvlan has no record, return a new one with an adopted owner.
+    If no address of the macvlan has a record, return a new record with an
+    adopted owner.
     """
     for record in snapshot.live.values():
         if (record.namespace is not None

@@ -94,7 +94,8 @@ class Reconciler:
         lost = self._lost(snapshot)
         rebuilt = [record for record in lost
                    if self._dry_run or self._put_rebuilt(record)]
-        if lost and not self._dry_run:  # another sync may have rebuilt them
+        # Even if no record was rebuilt here, another sync may have rebuilt it.
+        if lost and not self._dry_run:
             snapshot = self._read()
         plans = {name: self._plan(snapshot, parent, rebuilt)
                  for name, parent in snapshot.parents.items()}
@@ -201,12 +202,9 @@ class Reconciler:
             self._records.delete_unfinished()
 
     def _note(self, snapshot: Snapshot) -> None:
-        """Cache the next hops, so that the next bind needs no dump.
-
-        Also warn about sandboxes whose existence is unknown.
-        """
+        """Cache next hops for the next bind; warn about unjudged sandboxes."""
         # The number and the example in the text can change in each sync, so
-        # the constant 'some' is compared instead.
+        # warn_once() compares the constant 'some' instead.
         self._devices.warn_once(
             'unjudged', problems.unjudged_text(snapshot), 'some')
         self._ledger.cache.put('next_hops', sorted(map(
@@ -241,8 +239,8 @@ class Reconciler:
     def _is_skipped(self, parent: Parent) -> bool:
         """Return whether to skip a break0, because another ledger owns it.
 
-        A dry run treats a break0 that would be taken over as ours, to show
-        the changes on it.
+        If a sync would take the break0 over, a dry run does not skip it, to
+        show the changes on it.
         """
         return parent.ownership.is_foreign and not (
             self._dry_run and self._claims(parent))
@@ -290,7 +288,8 @@ class Reconciler:
                         self._netlink, parent.name, claim, parent.device,
                         any(address.version == 6 for address in parent.live))
                     guard = Guard(self._options, self._ledger, parent.device)
-                    # Without nft, `ensure` has logged a guard error.
+                    # If the guard cannot be loaded, it was not repaired, and
+                    # ensure() has logged the error.
                     is_lost = guard.is_wanted and not guard.is_possible
                     self._repaired += [
                         each for each in repaired
@@ -326,7 +325,7 @@ class Reconciler:
         because the process that changed the claims has changed the items too.
         """
         if parent.link is None or self._is_skipped(parent):
-            return  # its pods are recorded in another ledger
+            return  # there is no break0, or another ledger owns it
         guard = Guard(self._options, self._ledger, parent.device)
         works = _works(parent, plan, moved)
         unread = {work.address for work in works}
@@ -350,7 +349,7 @@ class Reconciler:
             if applied.is_device_lost:
                 break  # other addresses would get the same error
             # Before a pod had its route, the node may have asked the LAN for
-            # the pod's MAC address, and the kernel may still hold packets.
+            # the pod's MAC address. If so, the kernel may still hold packets.
             with self._failure.collect():
                 guard.release(
                     self._netlink, kernel.find_ifindex(parent.name), {
@@ -368,7 +367,7 @@ class Reconciler:
                   read: set[model.IPAddress]) -> bool:
         """Return whether the claims on an address are as in the snapshot.
 
-        :param read: a set to which the address is added if its claims could be
+        :param read: a set; the method adds the address if the claims can be
             read
         """
         with self._failure.collect(work.address):
@@ -398,7 +397,8 @@ def uncollected() -> Iterator[None]:
     """Disable the garbage collection of Python inside a ``with`` block.
 
     The objects of a snapshot live until the end of a sync. A search for
-    garbage among them takes up to half of the sync's time and finds none.
+    garbage among these objects takes up to half of the time of a sync, and
+    finds nothing.
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -2,9 +2,9 @@
 
 """Drops claims on addresses that existing pods no longer use.
 
-There are two cases. In the first case, a DEL has ended the interface, but has
-named only the addresses of the last ADD, so claims of earlier ADDs remain. In
-the second case, the interface has other addresses now.
+First case: a DEL has ended the interface, but has named only the addresses of
+the last ADD, so claims of earlier ADDs remain. Second case: the interface has
+other addresses now.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kuryr_break0 import model
 
 LOG = log.get_logger(__name__)
 
-#: Origins of claims that one ADD makes for all addresses of an interface.
+#: Origins of claims by CNI: one ADD claims all addresses of an interface.
 _BY_ADD = model.Origin.KURYR, model.Origin.CNI
 
 
@@ -58,8 +58,8 @@ def drop(claims: Mapping[model.Record, str], engine: transitions.Engine,
         with failure.collect(record.address):
             if engine.unbind([record.address], is_same, record.owner_text,
                              None, failure):
-                LOG.warning('%s is not bound for %s any more: %s. See '
-                            'kuryr-break0 status', record.address,
-                            record.owner_text, reason)
+                LOG.warning('Unbound %s for %s: %s. To see its present '
+                            'addresses, run: kuryr-break0 status',
+                            record.address, record.owner_text, reason)
                 engine.pods.withdraw(record)
                 ledger.journal.add(Done.RELEASED)

@@ -77,7 +77,7 @@ class Parent:
     def is_configured(self, record: model.Record) -> bool:
         """Return whether a pod was configured with the current node addresses.
 
-        Only the record is compared; the pod itself may have changed since.
+        The method compares only the record. The pod may have changed since.
         """
         return self.node is None or record.configured == self.node.digest
 
@@ -154,8 +154,8 @@ def by_interface(records: Iterable[model.Record]) -> list[list[model.Record]]:
 
     The records of a group can have different owners, because the owner of a
     rebuilt record has no container id. All records of a group have the same
-    parent: if an interface is created again on another parent, its older
-    records form another group.
+    parent. If an interface was created again on another parent, its older
+    records are in another group.
     """
     interfaces: dict[Any, list[model.Record]] = {}
     for record in records:

@@ -43,10 +43,11 @@ def begin(ledger: Ledger, required: bool = False,
           writable: bool = False) -> Iterator[Transaction]:
     """Hold the lock of the ledger within the block.
 
-    By default, the block also runs if the lock cannot be taken, because for a
-    bind, a reachable pod matters more than the lock.
+    By default, the block also runs without the lock if the lock cannot be
+    taken, because for a bind, a reachable pod matters more than the lock.
 
-    :param required: fail if another process keeps the lock, as for an unbind
+    :param required: fail if another process keeps the lock. An unbind needs
+        the lock
     :param writable: fail if the state directory cannot be written
     :raises LockTimeout: only if ``required``
     :raises LedgerUnavailable: only if ``writable``

@@ -49,7 +49,7 @@ LogInfo = Callable[..., None]
 class Engine:
     """Applies transitions under the lock of the ledger.
 
-    Errors of single addresses are added to ``failure``.
+    The methods add errors of single addresses to ``failure``.
     """
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
@@ -66,14 +66,15 @@ class Engine:
         """Add claims of one interface, and set the items of its addresses.
 
         :param yielding: refuse each address that another existing sandbox
-            has, and undo the transition of each address that fails
+            has claimed, and undo the transition of each address that fails
         :returns: whether a sync must restore items of other pods
         """
         transitions: dict[model.IPAddress, Transition] = {}
         break0 = None
         with transaction.begin(self._ledger, writable=yielding) as held:
-            # The first bind of a boot must quarantine the records of an
-            # earlier boot before it writes new records.
+            # If break0 is missing, this can be the first bind of the boot.
+            # Then ensure_identity() quarantines the records of an earlier
+            # boot, which must precede the first new record.
             if kernel.find_ifindex(self._options.device) is None:
                 with contextlib.suppress(exceptions.LedgerUnavailable):
                     self._ledger.ensure_identity()
@@ -101,8 +102,8 @@ class Engine:
                    failure: failures.Failures) -> None:
         """Record a claim, unless it is refused or its owner has a newer one.
 
-        An unwritable ledger must not prevent the route of a pod, because a
-        sync rebuilds the record later. With ``yielding``, the address fails
+        If the ledger is unwritable, the pod gets its route nevertheless, and a
+        later sync rebuilds the record. With ``yielding``, the address fails
         instead, because the caller tries again.
         """
         address = record.address
@@ -111,8 +112,8 @@ class Engine:
             before = self._records.claims(address)
         added = claims_.add(record, before, pods.is_gone)
         if added.after[0] != record:
-            LOG.info('%s has bound %s again in the meantime', record.owner,
-                     address)
+            LOG.info('Ignored a bind of %s: %s has bound it again since',
+                     address, record.owner)
             return
         if yielding and added.rivals:
             failure.add(exceptions.AddressTaken(
@@ -139,7 +140,7 @@ class Engine:
         :param mac: the route and neighbour of an address without claims are
             deleted only if the neighbour has this MAC address
         :param ending: the owner of an interface that has ended, and the time
-            of its end. A sync drops this owner's claims from before that time
+            of its end. A later sync drops the older claims of this owner
         :returns: the dropped claims
         """
         dropped: list[model.Record] = []
@@ -157,9 +158,8 @@ class Engine:
                         before, lambda claim: not is_own(claim))
                     if before and not dropped_claims:
                         held.log_later(
-                            '%s stays bound: it belongs to %s now, and was to '
-                            'be unbound for %s', address, before[0].owner,
-                            name)
+                            '%s stays bound for %s: the unbind was for %s',
+                            address, before[0].owner, name)
                         continue
                     deleted = self._drop(
                         netlink, address, Transition(before, remaining),
@@ -207,18 +207,20 @@ class Engine:
               mac: Optional[str] = None) -> bool:
         """Apply a transition that drops claims.
 
-        The newest remaining claim gets the address. If none remains, or the
-        address is refused by now, the items of the address are deleted.
+        The newest remaining claim gets the address. If no claim remains, or if
+        the policy now refuses the address, the items of the address are
+        deleted.
 
         :param mac: as for :meth:`unbind`
         :returns: whether a route was deleted
-        :raises Break0Error: if the kernel refuses; the claims remain then
+        :raises Break0Error: if the kernel refuses a change; the claims remain
         """
         before, after = transition
         if after and after[0] == before[0]:  # the route stays
             self._records.put(after)
             return False
-        # An undo restores earlier claims, and their sandboxes may have ended.
+        # An undo restores earlier claims. Their sandboxes may have ended, and
+        # from_successor() omits the claims of such sandboxes.
         dropped = [*before, *after]
         after = self.pods.from_successor(after)
         dropped = [claim for claim in dropped if claim not in after]
@@ -247,7 +249,7 @@ class Engine:
         return deleted
 
     def _is_refused(self, claim: model.Record) -> bool:
-        """Return, and log, whether the address of a claim gets no items."""
+        """Return whether the policy refuses an address; log the refusal."""
         reason = self.admission.refusal(claim.address, claim.parent,
                                         claim.origin)
         if reason is not None:
@@ -259,13 +261,13 @@ class Engine:
                   after: Claims = (), mac: Optional[str] = None) -> bool:
         """Delete the items of an address on break0 devices.
 
-        If each claim has another MAC address than the neighbour, the route and
-        the neighbour stay, because an unrecorded pod can need them. If no
-        claim was dropped, the route and the neighbour are deleted only if the
+        If the neighbour has a MAC address that no claim has, the route and the
+        neighbour stay, because an unrecorded pod can need them. If no claim
+        was dropped, the route and the neighbour are deleted only if the
         neighbour has the MAC address ``mac``.
 
-        :returns: whether the address had a route
-        :raises KernelRefused: if the kernel refuses
+        :returns: whether a route was deleted
+        :raises KernelRefused: if the kernel refuses a change
         """
         macs = {each for claim in dropped for each in claim.macs}
         if mac is not None and not dropped:
@@ -282,8 +284,8 @@ class Engine:
             route = self._policy.route(address, index)._replace(metric=None)
             if (claims_.can_own_items((*dropped, *after), permanent)
                     if dropped else permanent in macs):
-                # A neighbour that stays would direct packets for the next pod
-                # to the MAC address of the earlier pod.
+                # Delete the neighbour too. Otherwise packets for the next pod
+                # with the address would go to this pod's MAC address.
                 items += [route, model.Neighbour(address, index, '', None)]
             elif permanent is not None and macs:
                 LOG.warning('Keeping %s on %s: the address belongs to %s, '
@@ -325,7 +327,8 @@ class Engine:
                 route = self._policy.route(
                     address, break0.index,
                     self._policy.source(record, break0.name))
-                # NLM_F_EXCL does not detect a route with another metric.
+                # Look up the route: NLM_F_EXCL does not detect a route with
+                # another metric.
                 present = netlink.route_to(address)
                 try:
                     routes.require_free(route, filter(None, [present]))
@@ -377,7 +380,8 @@ class Engine:
             err = applied.errors.get(each.address)
             with failure.collect(each.address):
                 if err is not None and err.errno == errno.EEXIST:
-                    # Unlike a look-up, a dump contains unused routes too.
+                    # The existing route may be unused. Unlike a look-up, a
+                    # dump contains unused routes too.
                     route, = model.of_kind(model.HostRoute, each.set)
                     routes.require_free(route, [
                         other for other in netlink.routes().host
@@ -393,7 +397,7 @@ class Engine:
         for record in bound:
             log_info('Bound %s to %s for %s, source %s', record.address,
                      break0.name, record.owner_text,
-                     sources[record.address] or 'by device')
+                     sources[record.address] or 'chosen by the kernel')
         if first.netns is not None and bound:
             siblings = self.pods.configure(
                 bound, self.pods.node_addresses(
@@ -402,7 +406,7 @@ class Engine:
                 Work(address, tuple(items)) for address, items
                 in model.by_address(pairs(siblings)).items()], failure)
         # Before the bind, the node may have asked the LAN for the pods' MAC
-        # addresses, and the kernel may still hold packets to the pods.
+        # addresses. If so, the kernel may still hold packets to the pods.
         self._guard(break0.name).release(
             netlink, kernel.find_ifindex(first.parent),
             {record.address: record.mac for record in bound})
@@ -412,8 +416,8 @@ class Engine:
                works: Iterable[Work], failure: failures.Failures) -> Applied:
         """Apply the works of a bind.
 
-        If ``[break0] guard`` is on, an error of the guard is an error of each
-        address. Otherwise the error is only logged.
+        If ``[break0] guard`` is on and the guard fails, each address fails.
+        Otherwise the error of the guard is only logged.
         """
         applied = apply(netlink, self._guard(break0.name), list(works))
         err = applied.guard_error

@@ -2,12 +2,14 @@
 
 """All access to the kernel.
 
-No other package imports pyroute2. Except after an error or with an empty
-cache, the requests for one pod dump no table that has an entry for each pod.
-So their cost does not depend on the number of pods. If a function dumps a
-table, its docstring says so.
+No other package imports pyroute2.
 
-No NetlinkError leaves this package. Kuryr takes a NetlinkError with EEXIST for
+The requests for one pod dump no table that has an entry for each pod, so their
+cost does not depend on the number of pods. Two exceptions are the requests
+after an error and the requests with an empty cache. The docstrings of the
+methods of :class:`Netlink` and :class:`Nft` mention each dump.
+
+No NetlinkError leaves this package. Kuryr treats a NetlinkError with EEXIST as
 a VLAN conflict, and answers any other NetlinkError with an HTML page.
 """
 
@@ -89,7 +91,7 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
     macvlans.
 
     :raises CannotCreate: if Kuryr's pyroute2 cannot be imported
-    :raises KernelRefused: if the macvlan does not exist afterwards
+    :raises KernelRefused: if the creation fails
     """
     if importlib.util.find_spec('kuryr_kubernetes') is None:
         with Netlink() as netlink:

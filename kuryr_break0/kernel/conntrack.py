@@ -25,8 +25,8 @@ _SOURCE, _DESTINATION = 1, 2  # CTA_FILTER_F_CTA_IP_SRC, _DST; CTA_IP_V4_*
 def delete_connections(address: model.IPAddress) -> None:
     """Delete the tracked connections of an address.
 
-    The function does not wait for the kernel's answer. Kernels before Linux
-    6.8 refuse the request; there the entries time out.
+    The function does not wait for the kernel's answer. Before Linux 6.8, the
+    kernel refuses the request, and the entries remain until they time out.
 
     :raises KernelRefused: if no netlink socket can be opened
     """
@@ -38,8 +38,8 @@ def deletions(address: model.IPAddress) -> Iterator[netlink.Message]:
     """Return one request for each role of an address in a connection.
 
     An address can be the source of a connection, its destination, or the
-    endpoint of a Service. In the third case, the connection was opened to the
-    address of the Service.
+    endpoint of a Service. In the third case, the destination is the address of
+    the Service, and the endpoint is the source of the replies.
     """
     for which, end in ((_ORIGINAL, _SOURCE), (_ORIGINAL, _DESTINATION),
                        (_REPLY, _SOURCE)):

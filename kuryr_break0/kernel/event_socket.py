@@ -2,8 +2,8 @@
 
 """A netlink socket that receives events.
 
-A flood of events overflows the buffer of the socket. The socket then reports
-the loss. It never reports an incomplete event.
+If a flood of events overflows the buffer of the socket, the socket reports the
+loss. It reports a truncated event as a loss too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, Iterator
 from kuryr_break0.kernel import netlink
 
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-#: Number of event datagrams to read at once, and maximum bytes of each.
+#: Number of datagrams to read at once, and maximum bytes of each datagram.
 _AT_ONCE, _DATAGRAM = 256, 2 ** 16
-#: Socket buffer for events, in bytes: room for about 10,000 events. The
-#: default of 208 KiB has room for 250 events. Deleting a break0 causes two
-#: events for each address.
+#: Bytes of the socket buffer, which has room for about 10,000 events. The
+#: default of 208 KiB has room for 250 events. The deletion of a break0 causes
+#: two events for each address.
 _HELD = 2 ** 23
 
 
@@ -44,8 +44,8 @@ class EventSocket(netlink.Socket):
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
             self._protocol)
         try:
-            # SO_RCVBUFFORCE fails for the root of a user namespace. Then the
-            # buffer has at most twice rmem_max, by SO_RCVBUF.
+            # SO_RCVBUFFORCE fails for the root of a user namespace. SO_RCVBUF
+            # has then set at most twice rmem_max.
             for option in socket.SO_RCVBUF, _SO_RCVBUFFORCE:
                 with contextlib.suppress(PermissionError):
                     made.setsockopt(socket.SOL_SOCKET, option, _HELD)
@@ -64,7 +64,7 @@ class EventSocket(netlink.Socket):
     def _drop(self) -> None:
         """Drop the pending events, because reading them would take longer.
 
-        A new socket replaces the old one and keeps its descriptor.
+        A new socket replaces the old socket, and gets its descriptor.
         """
         with contextlib.suppress(OSError), self._open_socket() as new:
             os.dup2(new.fileno(), self._socket.fileno(), inheritable=False)
@@ -73,10 +73,10 @@ class EventSocket(netlink.Socket):
     def _receive(self, most: int = _AT_ONCE) -> Iterator[tuple[bytes, Any]]:
         """Iterate over the pending datagrams, with their ancillary data.
 
-        An empty datagram stands for lost events, for example at ENOBUFS. After
-        ENOBUFS, the kernel drops all events without another error until the
-        socket is drained (netlink_overrun). So a second empty datagram follows
-        the last pending one.
+        An empty datagram stands for lost events, for example after ENOBUFS.
+        After ENOBUFS, the kernel drops all events without another error until
+        the reader has drained the socket (netlink_overrun). So a second empty
+        datagram follows the last pending datagram.
         """
         for _ in range(most):
             try:
@@ -91,5 +91,5 @@ class EventSocket(netlink.Socket):
                 self._overrun = True
                 yield b'', ()
             else:
-                # A truncated message could be misread as another one.
+                # The parser could misread a truncated message.
                 yield b'' if flags & socket.MSG_TRUNC else data, extra

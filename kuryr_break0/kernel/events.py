@@ -2,13 +2,14 @@
 
 """Netlink events of this thread's namespace, and of other namespaces.
 
-With NETLINK_LISTEN_ALL_NSID, one socket receives the events of every namespace
-to which this namespace has assigned a number (nsid). The kernel assigns a
-number to a namespace when an interface moves into it. The function
-:func:`kuryr_break0.kernel.search.examine_namespace` also assigns one. The
-socket also receives an event when a number is assigned or removed. A new name
-of a namespace is a new mount. If a macvlan is created in a namespace that has
-neither number nor name, the only event is about the parent of the macvlan.
+With NETLINK_LISTEN_ALL_NSID, one socket receives the events of each namespace
+that has a number (nsid) in this namespace. A namespace gets a number when an
+interface moves into it, or when :func:`examine_namespace` assigns a number.
+The socket also receives an event when a namespace gets or loses a number.
+
+A new name of a namespace causes no netlink event, but is a new mount; see
+:func:`open_mounts`. If a namespace has neither number nor name, a new macvlan
+in this namespace causes only an event about the parent of the macvlan.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
 from kuryr_break0 import model
 
-#: Maximum events of other namespaces to read at once; each takes about 5 us.
+#: Maximum events of other namespaces to read at once. The read of an event
+#: takes about 5 us.
 MAX_EVENTS = 2048
 _LISTEN_ALL_NSID = 8
 _ALL = 0xffffffff
@@ -32,8 +34,8 @@ _ALL = 0xffffffff
 _GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 31
 # RTMGRP_LINK, _IPV4_IFADDR, _IPV6_IFADDR, and RTNLGRP_NSID as a bit
 _GROUPS_OF_ALL = 0x1 | 0x10 | 0x100 | 1 << 27
-#: Kinds of events, by the message type of an addition. A deletion has the next
-#: number.
+#: Kinds of events by message type. Each key is the type of an addition. The
+#: type of the deletion is the key plus 1.
 _KINDS = {wire.RTM_NEWLINK: 'link', wire.RTM_NEWADDR: 'address',
           wire.RTM_NEWROUTE: 'route', wire.RTM_NEWNEXTHOP: 'nexthop',
           wire.RTM_NEWNEIGH: 'neighbour'}
@@ -44,10 +46,11 @@ class Event:
     """A change of the node's network.
 
     :ivar kind: ``link``, ``address``, ``route``, ``nexthop`` or ``neighbour``.
-        ``lost`` if the socket overflowed or an event could not be parsed, so
+        ``lost`` if the socket overflowed or an event could not be parsed. Then
         any object may have changed
     :ivar is_gone: whether the object was deleted
-    :ivar ifindex: ifindex of the interface, or of the object's interface
+    :ivar ifindex: ifindex of the changed interface, or of the interface of
+        the changed object
     :ivar link: the new state of an interface
     :ivar dst: the address of an interface or a neighbour, or the destination
         of a route to a single address
@@ -71,7 +74,7 @@ class Events(event_socket.EventSocket):
         super().__init__(netlink.NETLINK_ROUTE, _GROUPS)
 
     def get(self) -> list[Event]:
-        """Return the pending events; an empty list if there are none."""
+        """Return the pending events."""
         events: list[Event] = []
         for data, _ in self._receive():
             try:
@@ -110,8 +113,8 @@ class Changes(NamedTuple):
     :ivar numbered: numbers that were newly assigned to namespaces
     :ivar interfaces: whether an interface of this thread's namespace was
         created or changed
-    :ivar is_stacked: whether the creation or deletion of a macvlan in another
-        namespace may have caused an event for the parent of the macvlan
+    :ivar is_stacked: whether an interface of this thread's namespace may have
+        become, or ceased to be, the parent of a macvlan in another namespace
     :ivar lost: whether events were dropped
     :ivar messages: number of messages read
     """
@@ -128,8 +131,8 @@ class Changes(NamedTuple):
 class NamespaceEvents(event_socket.EventSocket):
     """Receives the changes of all namespaces that have a number.
 
-    A container can cause more events than this process can read. Excess
-    events are dropped, because they would only name the same namespaces again.
+    A container can cause more events than this process can read. If MAX_EVENTS
+    or more events are pending, :meth:`get` drops the rest, and reports a loss.
     """
 
     def __init__(self) -> None:
@@ -137,7 +140,7 @@ class NamespaceEvents(event_socket.EventSocket):
                          _LISTEN_ALL_NSID)
 
     def get(self) -> Changes:
-        """Return the pending changes; empty if there are none."""
+        """Return the pending changes."""
         changed: set[int] = set()
         ended: set[int] = set()
         numbered: set[int] = set()

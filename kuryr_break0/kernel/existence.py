@@ -2,13 +2,14 @@
 
 """Decides whether a known namespace or macvtap still exists.
 
-A failed look-up alone proves nothing: this process may be unable to see the
-object. For a deleted namespace, open_by_handle_at(2) fails with ESTALE. This
-call fails with ESTALE for a living namespace too if the process lacks
-CAP_SYS_ADMIN or, since Linux 6.18.50, 6.19.9 and 7.0, is outside of the
-initial PID namespace. A path may be hidden, or name another namespace. So a
-failed look-up counts only if a look-up of the same kind has just found another
-living namespace.
+A failed look-up alone proves nothing, because this process may be unable to
+see the object. The call open_by_handle_at(2) fails with ESTALE for a deleted
+namespace. If the process lacks CAP_SYS_ADMIN, the call fails with ESTALE for a
+living namespace too. Since Linux 6.18.50, 6.19.9 and 7.0, the same happens if
+the process is outside of the initial PID namespace. A mount can hide the path
+of a living namespace, and the path can lead to another namespace. So a failed
+look-up counts only if a look-up of the same kind has just found another living
+namespace.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from kuryr_break0 import model
 
 _PROC = '/proc'
 _FIRST_PROCESS_NAMESPACE = 0xeffffffc  # PROC_PID_INIT_INO
-#: Maximum living namespaces to open by their handles. Only if all of them
-#: open, a namespace whose handle does not open counts as gone. The kernel may
-#: refuse a handle if another user namespace owns the network namespace.
+#: Maximum living namespaces to open by their handles, as a test. If one of
+#: them does not open, a failed look-up of another namespace proves nothing.
+#: The kernel may refuse a handle if another user namespace owns the network
+#: namespace.
 _CONTROLS = 4
 #: Errors of a path in /proc whose process or namespace has just ended.
 _ENDED = (errno.ENOENT, errno.ESRCH, errno.ELOOP)
@@ -47,7 +49,7 @@ class State(enum.Enum):
 
 
 class Verdict(NamedTuple):
-    """A state; if it is UNKNOWN, with the reason."""
+    """A state, and the reason if the state is UNKNOWN."""
 
     state: State
     reason: str = ''
@@ -73,8 +75,8 @@ def find_taps() -> dict[str, model.Tap]:
 class _View(NamedTuple):
     """The namespaces in one directory at one moment.
 
-    :ivar paths: one path of each namespace except this thread's, by device and
-        inode
+    :ivar paths: one path of each namespace, by device and inode, without the
+        namespace of this thread
     :ivar hides: whether a namespace could not be examined
     """
 
@@ -83,9 +85,10 @@ class _View(NamedTuple):
 
 
 class Judge:
-    """Decides whether sandboxes exist; caches its reads for one operation.
+    """Decides whether sandboxes exist.
 
-    Pass only namespaces that were recorded before this Judge was created.
+    A Judge caches its reads, so create a new Judge for each operation. Pass
+    only namespaces that were recorded before this Judge was created.
     Before a deletion, repeat the decision with a new Judge under the lock.
     """
 
@@ -101,7 +104,8 @@ class Judge:
 
         :param path: the recorded path of the namespace, or None
         :param namespace: the recorded identity of the namespace, or None
-        :param tap: the macvtap of a VM, which has no namespace
+        :param tap: the macvtap of a VM, which has no namespace of its own;
+            None for a container
         """
         if tap is not None:
             return self._judge_tap(tap)
@@ -123,7 +127,7 @@ class Judge:
             except FileNotFoundError:
                 is_missing = not os.path.lexists(path)
             except OSError:
-                pass  # a placeholder file, or a lack of descriptors or memory
+                pass  # a placeholder file, or this process lacks resources
         if is_absent and not self.blindness(path):
             return GONE
         if path is None or not (shown or is_missing):
@@ -133,8 +137,9 @@ class Judge:
     def _judge_tap(self, tap: model.Tap) -> Verdict:
         """Decide by the interfaces of the node.
 
-        A missing macvtap counts as gone only if a macvlan exists. Otherwise
-        this process may be in another namespace, or the parent may be gone.
+        A missing macvtap counts as gone only if the node has a macvlan.
+        Without a macvlan, this process may see another network namespace, or
+        the parent of the macvtap may be gone.
         """
         own = namespaces.identify(namespaces.OWN_NETNS)
         if own is None or not own.is_same(tap.namespace):
@@ -150,15 +155,16 @@ class Judge:
         if ('macvtap', tap.mac) in self._links:
             return LIVING
         if 'macvlan' not in {kind for kind, _ in self._links}:
-            return Verdict(State.UNKNOWN, 'the node has no break0')
+            return Verdict(State.UNKNOWN, 'the node has no macvlan')
         return GONE
 
     def _judge_by_directory(self, path: str, namespace: model.NamespaceId
                             ) -> Verdict:
         """Decide by the other namespaces in the directory of a path.
 
-        Use this method if the name at the path was removed, or the process in
-        the path has ended. Another process may still be in the namespace.
+        Use this method if the name at the path was removed, or if the process
+        whose PID is in the path has ended. Another process may still be in the
+        namespace.
         """
         place = _directory_of(path)
         for each in {place, _PROC}:
@@ -172,9 +178,9 @@ class Judge:
                 if err.errno not in (*_ENDED, errno.ENXIO):  # EMFILE etc.
                     return self._unknown(namespace, path, '%s: %s' % (
                         same, err.strerror))
-            # Engines remove a name together with its sandbox. So for a name
-            # of a namespace without a cookie, only the directory of the name
-            # matters.
+            # Engines remove a name together with its sandbox. So if the
+            # namespace has no cookie, only the directory of its name must be
+            # readable.
             if view.hides and (each == place or namespace.cookie is not None):
                 return self._unknown(
                     namespace, path,
@@ -194,13 +200,13 @@ class Judge:
         return Verdict(State.UNKNOWN, text)
 
     def blindness(self, path: Optional[str] = None) -> str:
-        """Return the reason why failed look-ups by number prove nothing.
+        """Return the reason why failed look-ups by cookie prove nothing.
 
-        Failed look-ups are a proof if the look-ups of living namespaces, other
-        than this thread's namespace, succeed.
+        A failed look-up is a proof if the look-ups of living namespaces
+        succeed. The test does not use the namespace of this thread.
 
-        :param path: a path whose directory is searched for living namespaces
-        :returns: empty if failed look-ups are a proof
+        :param path: a path, to search its directory for living namespaces
+        :returns: an empty text if a failed look-up is a proof
         """
         if self._blindness is None:
             self._blindness = self._find_blindness(path)
@@ -210,8 +216,9 @@ class Judge:
         own = namespaces.identify(namespaces.OWN_NETNS)
         if own is not None and own.cookie is None:
             return 'namespaces have no cookie before Linux 6.18'
-        # Search the directory of the path before /proc: a container can have
-        # thousands of processes, and each takes 8 us under the lock.
+        # Search the directory of the path before /proc. A container can have
+        # thousands of processes, and the look-up of each process takes 8 us,
+        # while the caller may hold the lock.
         living = (each for place in dict.fromkeys((
             _directory_of(path or _PROC + '/1/ns/net'), _PROC))
             for _, each in _list_namespaces_at(place) if each is not None)
@@ -230,7 +237,11 @@ class Judge:
 
 
 def _directory_of(path: str) -> str:
-    """Return the directory that contains the name or process of a path."""
+    """Return the directory to search for other namespaces.
+
+    It is /run/netns for the path /run/netns/a, and /proc for the path
+    /proc/1/ns/net.
+    """
     process = re.fullmatch(r'(/.+)/\d+(?:/task/\d+)?/ns/net', path)
     return process[1] if process else os.path.dirname(path)
 
@@ -249,9 +260,10 @@ def _read_view(place: str) -> _View:
 
 def _list_namespaces_at(place: str
                         ) -> Iterator[tuple[tuple[int, int], Optional[str]]]:
-    """Iterate over the namespaces in a directory: device and inode, path.
+    """Iterate over the namespaces in a directory, except this thread's.
 
-    The path is None for a namespace that could not be examined.
+    :returns: pairs: device and inode, and the path. If a namespace cannot be
+        examined, the path is None
     """
     hidden = (0, 0), None
     try:
@@ -274,9 +286,9 @@ def _list_namespaces_at(place: str
 
 
 def _opens_by_number(path: str) -> Optional[bool]:
-    """Return whether a living namespace can be opened by its number.
+    """Return whether a living namespace can be opened by its cookie.
 
-    :returns: None if the namespace has just ended or has no number
+    :returns: None if the namespace has just ended or has no cookie
     """
     try:
         namespace = namespaces.identify_or_fail(path)
@@ -303,7 +315,7 @@ def _explain_blindness() -> str:
 
 
 def _can_open_new_namespace() -> bool:
-    """Return whether a new namespace can be opened by its number.
+    """Return whether a new namespace can be opened by its cookie.
 
     :returns: False also if this process cannot create a namespace
     """

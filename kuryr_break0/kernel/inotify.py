@@ -25,7 +25,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 class Inotify:
     """An inotify instance. Reading it never blocks.
 
-    The kernel needs more than 10 ms to close it (fsnotify_mark_srcu).
+    To close an instance, the kernel needs more than 10 ms
+    (fsnotify_mark_srcu).
 
     :raises OSError: if a limit of the node allows no further instance
     """
@@ -40,7 +41,7 @@ class Inotify:
         os.close(self._fd)
 
     def watch(self, path: str, mask: int) -> None:
-        """Watch a path from now on; it may be watched already.
+        """Watch a path; an existing watch of the path gets the new mask.
 
         :param mask: the kinds of events, as a sum of the constants above
         :raises OSError: if the path does not exist, or a limit of the node
@@ -50,7 +51,7 @@ class Inotify:
                                          ctypes.c_uint32(mask)), path)
 
     def read(self) -> list[str]:
-        """Return the names of the files of all pending events.
+        """Return the file name of each pending event.
 
         A name is empty if the event is about the watched path itself, or if
         the kernel has dropped events.

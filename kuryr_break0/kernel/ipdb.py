@@ -2,8 +2,8 @@
 
 """Uses IPDB as Kuryr does, and converts IPDB's errors.
 
-Import this module only to use IPDB: importing pyroute2 takes as long as
-importing all other modules that most commands need.
+Import this module only to use IPDB. The import of pyroute2 takes as long as
+the imports of all other modules that most commands need.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LOG = logging.getLogger(__name__)
 
 _INTERFACE_GROUPS = (rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR
                      | rtnl.RTMGRP_IPV6_IFADDR)
-#: Errors of IPDB after it missed an event. The error is RuntimeError if IPDB
-#: could not roll back to the previous state either.
+#: Errors of an IPDB that has missed an event. If IPDB also fails to roll back
+#: to the previous state, it raises RuntimeError.
 IPDB_DISTURBED = (RuntimeError, ipdb_exceptions.CommitException,
                   nl_exceptions.NetlinkDumpInterrupted)
 
@@ -45,7 +45,7 @@ def repeat_dumps(action: str, function: Callable[..., _T], *args: Any) -> _T:
     If a table changes during a dump, the kernel marks the dump, and pyroute2
     raises an error. ``function`` must be safe to repeat.
 
-    :param action: what the function does, for the error message
+    :param action: description of the function, for the error message
     :raises KernelRefused: for another error of pyroute2 or a socket, or if
         the dump was interrupted at every attempt
     """
@@ -72,10 +72,10 @@ def repeat_dumps(action: str, function: Callable[..., _T], *args: Any) -> _T:
 def create_macvlan(name: str, parent: values.Link, mac: str) -> None:
     """Create a macvlan in bridge mode with IPDB, and leave it down.
 
-    IPDB reads all interfaces of the node, as it does for Kuryr at each pod.
-    This function runs once per boot.
+    IPDB reads all interfaces of the node. Kuryr uses IPDB for each pod, but
+    callers use this function only to create a break0.
 
-    :raises KernelRefused: if the macvlan does not exist afterwards
+    :raises KernelRefused: if the creation fails
     """
     def create() -> None:
         with _suppress_warning(), pyroute2.IPDB(
@@ -100,22 +100,22 @@ def _suppress_warning() -> Iterator[None]:
 
 
 class _EmptyView(dict):  # type: ignore[type-arg]
-    """A view of neighbours that reads none; IPDB adds only empty sets."""
+    """Neighbours for IPDB that are not read from the kernel."""
 
     def __init__(self, ipdb: Any) -> None:
         super().__init__()
 
 
 class _InterfacesIPDB(pyroute2.IPDB):  # type: ignore[misc]
-    """An IPDB that reads interfaces and addresses, and only their events."""
+    """An IPDB that reads only interfaces, addresses and their events."""
 
-    # IPDB has no attributes before __init__() is called.
     def __init__(self) -> None:
         super().__init__(nl_bind_groups=_INTERFACE_GROUPS,
                          deprecation_warning=False)
 
     def initdb(self) -> None:
-        # IPDB's plugin for interfaces reads the neighbours as well.
+        # IPDB.__init__() selects plugins, and then calls this method. IPDB's
+        # plugin for interfaces would read the neighbours too.
         spec = [{**each, 'class': _EmptyView} if each['name'] == 'neighbours'
                 else each for each in ipdb_interfaces.spec]
         self._plugins = [types.SimpleNamespace(groups=_INTERFACE_GROUPS,
@@ -129,8 +129,8 @@ def open_interfaces_ipdb() -> Optional[Any]:
     Kuryr needs no neighbours, routes or rules of the node.
 
     :returns: None if this version of pyroute2 has a different IPDB
-    :raises NetlinkError: as any IPDB; call this function by
-        :func:`repeat_dumps`
+    :raises NetlinkError: if IPDB raises it. Call this function through
+        :func:`repeat_dumps`, which converts this error
     """
     try:
         with _suppress_warning():
@@ -152,8 +152,8 @@ def open_interfaces_ipdb() -> Optional[Any]:
 def preload() -> None:
     """Run the initialization of pyroute2 before processes fork.
 
-    Otherwise each child runs a process to find the C library, and compiles
-    pyroute2's messages.
+    Without this function, each child process starts a program to find the C
+    library, and compiles the message classes of pyroute2.
     """
     with contextlib.suppress(OSError, nl_exceptions.NetlinkError):
         with pyroute2.IPRoute() as ipr:

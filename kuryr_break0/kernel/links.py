@@ -67,13 +67,14 @@ class LinkSocket(netlink.RequestSocket):
                        mac: str, mtu: int, up: bool = True) -> None:
         """Create a macvlan in bridge mode in a namespace.
 
-        If the namespace is not this thread's, the kernel creates the macvlan
-        directly in it, and sends no event to the namespace of the parent.
+        The kernel creates the macvlan directly in the namespace. If this is
+        not the namespace of the parent, the parent's namespace receives no
+        event about the macvlan.
 
         :param netns: the path of the namespace
-        :raises KernelRefused: with EEXIST also if an interface of this
-            thread's namespace has the name. Linux 5.10 and 6.12 look for the
-            name there, 6.18 does not
+        :raises KernelRefused: with EEXIST if an interface of the namespace has
+            the name. Linux 5.10 and 6.12, but not 6.18, also refuse the name
+            of an interface in this thread's namespace
         """
         flags = wire.IFF_UP if up else 0
         with namespaces.open_namespace(netns) as other:
@@ -176,8 +177,9 @@ class LinkSocket(netlink.RequestSocket):
 
         If the node's addresses change during each dump, for example the
         addresses of Services, the list may contain addresses that were just
-        deleted. In a pod, the list decides which addresses belong to the pod,
-        so a dump in a pod fails instead.
+        deleted. For a pod, the list decides which addresses belong to the
+        pod. So if the pod's addresses change during each dump, the method
+        raises KernelRefused.
         """
         return list(dict.fromkeys(
             values.InterfaceAddress(each.ifindex, each.address)
@@ -194,13 +196,13 @@ class LinkSocket(netlink.RequestSocket):
                           wire.pack_address_dump(ifindex), merges=merges)
 
     def namespace_number(self, fd: int) -> int:
-        """Return the number of another namespace; -1 if it has none."""
+        """Return the number (nsid) of a namespace; -1 if it has none."""
         answer: int = self._get('read the id of a namespace', wire.RTM_GETNSID,
                                 bytes(4) + netlink.number(wire.NETNSA_FD, fd))
         return answer
 
     def ensure_namespace_number(self, fd: int) -> int:
-        """Return the number of another namespace; assign one if it has none.
+        """Return the number of a namespace; assign one if it has none.
 
         :raises KernelRefused: if the kernel assigns no number
         """

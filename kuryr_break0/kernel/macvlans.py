@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Lists macvlans in other namespaces, with a parent on this node.
+"""Lists the macvlans of other namespaces whose parent is on this node.
 
-Functions that take the path of a namespace raise the errors that
-:mod:`kuryr_break0.kernel.namespaces` describes, and NetnsUnusable for the path
-of the node's own namespace.
+A function that takes the path of a namespace raises the errors that
+:mod:`kuryr_break0.kernel.namespaces` describes. If the path leads to the
+node's own namespace, the function raises NetnsUnusable.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Limits(NamedTuple):
 
     :ivar listed: maximum interfaces to list
     :ivar read: maximum interfaces whose addresses are read
-    :ivar addresses: maximum addresses to read from one interface. After this
-        number of addresses in all, no further interface is read
+    :ivar addresses: maximum addresses to read from one interface. If all
+        interfaces together have this number of addresses, reading ends
     """
 
     listed: int
@@ -56,7 +56,7 @@ class Macvlan(NamedTuple):
         detection
     :ivar duplicates: the addresses for which duplicate address detection has
         found another host
-    :ivar is_whole: whether all of its addresses were read
+    :ivar is_whole: whether ``addresses`` is complete
     """
 
     netns: str
@@ -142,11 +142,13 @@ def find_macvlan(netns: str, ifname: str,
 def _read(netns: str, expected: Optional[model.NamespaceId],
           listed: Callable[[rtnetlink.Netlink], list[values.Link]],
           limits: Limits) -> list[Macvlan]:
-    """Read interfaces of a namespace; ``parent`` is empty if not on the node.
+    """Read interfaces of a namespace.
 
-    If the parent of an interface is not on the node, the addresses of the
-    interface are not read: any user can unshare a namespace, and quickly add
-    thousands of addresses in it.
+    If the parent of an interface is not on the node, its ``parent`` is empty,
+    and its addresses are not read: any user can unshare a namespace, and
+    quickly add thousands of addresses in this namespace.
+
+    :param listed: lists the interfaces to read
     """
     namespace = namespaces.require_other_namespace(netns, expected)
     own_of: dict[int, list[values.AddressState]] = {}
@@ -156,16 +158,16 @@ def _read(netns: str, expected: Optional[model.NamespaceId],
             rtnetlink.Netlink(most=limits.addresses) as reading:
         links, room = listed(netlink), limits.addresses
         # When the kernel lists interfaces, it assigns a number to the
-        # namespace of each parent. If the node's namespace contains no
-        # parent, it may have no number, and namespace_number() returns -1.
+        # namespace of each parent. If no parent is on the node, the node's
+        # namespace may have no number. Then namespace_number() returns -1.
         own_number = netlink.namespace_number(own)
         for link in links:
             if link.lower_namespace == own_number and room > 0 and (
                     len(own_of) < limits.read):
                 own_of[link.index] = reading.address_states(link.index)
                 room -= len(own_of[link.index])
-        # Engines rename an interface before they add addresses. So a name
-        # that is read after the addresses is final.
+        # Engines rename an interface before they add addresses. So the names
+        # are final if they are read after the addresses.
         if any(own_of.values()):
             links = listed(netlink)
 
@@ -188,9 +190,9 @@ def _read(netns: str, expected: Optional[model.NamespaceId],
 def _parent_of(link: values.Link, own_number: int) -> str:
     """Return the name of a macvlan's parent; empty if not on the node.
 
-    :param own_number: number of the node's namespace in the macvlan's
-        namespace. If the parent is not in the node's namespace, the ifindex
-        of the parent identifies no interface of the node
+    :param own_number: number (nsid) of the node's namespace in the macvlan's
+        namespace. If the parent has another number, it is in another
+        namespace, and its ifindex identifies no interface of the node
     """
     if link.lower_namespace == own_number and link.lower is not None:
         with node.tolerate_absence(
@@ -212,10 +214,10 @@ def list_macvlans_at(location: search.NamespaceLocation,
                      limits: Limits = FULL_LIMITS) -> list[Macvlan]:
     """List the macvlans of a namespace; none if it cannot be entered.
 
-    In most cases, a namespace that cannot be entered is just being deleted.
+    In most cases, such a namespace is just being deleted.
     """
     try:
         return list_macvlans_in(location.path, location.namespace, limits)
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-        LOG.debug('Skipping a network namespace: %s', err)
+        LOG.debug('Cannot list the macvlans of a namespace: %s', err)
         return []

@@ -2,14 +2,15 @@
 
 """Identifies, opens and enters other network namespaces.
 
-A path does not identify a namespace. If the mount was not propagated, the file
-is a placeholder. The path may be valid only in another mount or PID namespace.
-The kernel reuses inode numbers.
+A path does not identify a namespace. If the mount of the namespace was not
+propagated, the file at the path is a placeholder. A path may be valid only in
+another mount or PID namespace. The kernel reuses inode numbers.
 :mod:`kuryr_break0.kernel.existence` decides whether a namespace still exists.
 
-Functions that take the path of a namespace, and name no other error, raise
-NetnsUnusable if the namespace cannot be opened or is not the expected one, and
-SystemRefused if this process lacks file descriptors or memory.
+A function that takes the path of a namespace raises NetnsUnusable if the
+namespace cannot be opened or is not the expected namespace. It raises
+SystemRefused if this process lacks file descriptors or memory. If a function
+raises other errors, its docstring names them.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from kuryr_break0 import model
 
 #: The network namespace of this thread
 OWN_NETNS = '/proc/thread-self/ns/net'
-#: ioctl(2) on nsfs: the number of a namespace, which is never reused
-#: (linux/nsfs.h, Linux 6.18). The number equals SO_NETNS_COOKIE, but can be
-#: read without entering the namespace.
+#: ioctl(2) on nsfs: the cookie of a namespace, which is never reused
+#: (linux/nsfs.h, Linux 6.18). The value equals SO_NETNS_COOKIE, but this
+#: thread need not enter the namespace to read it.
 _NS_GET_ID = 0x8008b70d
 #: ioctl(2) on nsfs: the type of a namespace, as the flag of clone(2) that
 #: creates such a namespace (Linux 4.11)
@@ -46,7 +47,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def identify(path: Optional[str]) -> Optional[model.NamespaceId]:
     """Return the identity of the namespace at a path; None if there is none.
 
-    Other files, such as a placeholder, a pipe or a device, are not opened.
+    The function does not open another kind of file, such as a placeholder, a
+    pipe or a device.
     """
     with contextlib.suppress(OSError):
         return None if path is None else identify_or_fail(path)
@@ -81,7 +83,7 @@ def require_other_namespace(path: str,
                             ) -> model.NamespaceId:
     """Return the identity of a namespace other than this thread's.
 
-    :param identity: the identity, if the caller has read it
+    :param identity: the identity, if the caller has already read it
     """
     try:
         namespace = identity or identify_or_fail(path)
@@ -100,26 +102,26 @@ def require_other_namespace(path: str,
 
 @contextlib.contextmanager
 def _file(path: str) -> Iterator[int]:
-    """Open a namespace's file; do not open other files, which could block.
+    """Open a file if it is a namespace; to open another file could block.
 
     :raises OSError: ENXIO for a file of another kind
     """
     if '\0' in path:
         raise OSError(errno.EINVAL, 'the path has a NUL character')
     if os.stat(path).st_dev != os.stat(OWN_NETNS).st_dev:
-        raise OSError(errno.ENXIO, 'it is no network namespace')
+        raise OSError(errno.ENXIO, 'it is not a network namespace')
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if os.fstat(fd).st_dev != os.stat(OWN_NETNS).st_dev or fcntl.ioctl(
                 fd, _NS_GET_NSTYPE) != _CLONE_NEWNET:
-            raise OSError(errno.ENXIO, 'it is no network namespace')
+            raise OSError(errno.ENXIO, 'it is not a network namespace')
         yield fd
     finally:
         os.close(fd)
 
 
 def open_by_number(namespace: model.NamespaceId) -> int:
-    """Open a namespace by its number.
+    """Open a namespace by its cookie.
 
     :returns: a file descriptor
     :raises OSError: ESTALE if the namespace is gone or this process has no
@@ -142,8 +144,8 @@ def open_namespace(netns: str, expected: Optional[model.NamespaceId] = None
                    ) -> Iterator[int]:
     """Open a namespace; the file descriptor is valid within the block.
 
-    :param expected: its expected identity. If the path no longer leads to the
-        namespace, the number in the identity opens the namespace
+    :param expected: the expected identity. If the path does not lead to the
+        expected namespace, the function opens the namespace by the cookie
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -2,8 +2,8 @@
 
 """Netlink messages, and a socket for requests.
 
-The formats are defined in linux/netlink.h. For the messages of one pod,
-pyroute2 takes more than ten times as long as this module.
+The formats are defined in linux/netlink.h. pyroute2 takes more than ten times
+as long as this module for the messages of one pod.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ _NLMSGERR_ATTR_MSG, _MAX_ERRNO = 1, 4095
 
 SOL_NETLINK = 270  # linux/socket.h
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
-# Older kernels lack these options; requests take longer there.
+# Options: an error contains the header of its request only, and a text.
 _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 NETLINK_GET_STRICT_CHK = 12
 
-_RECEIVED = 2 ** 17  # bytes; a dump fills at most 32 KiB at once
+_RECEIVED = 2 ** 17  # bytes; a datagram of a dump has at most 32 KiB
 #: Seconds to wait for an answer. The kernel answers before send(2) returns, so
 #: a longer wait indicates a fault.
 _TIMEOUT = 10
-#: Attempts at an interrupted dump; FEW_TRIES if the dumps are merged or have a
-#: maximum length. The table changes about as often during each attempt, so
-#: more attempts help, and a longer pause does not.
+#: Maximum attempts to dump a table that changes during the dumps. FEW_TRIES
+#: applies to dumps that are merged or have a maximum length. More attempts
+#: help, and longer pauses do not: a change is as likely during each attempt.
 DUMP_TRIES, FEW_TRIES = 20, 3
-#: Maximum seconds between the first two attempts, and between any two. Many
-#: interruptions are short, such as the deletion of an interface.
+#: Maximum seconds to pause after the first attempt, and after any attempt. The
+#: first pause is short, because many changes are short, such as the deletion
+#: of an interface.
 DUMP_PAUSE_FIRST, DUMP_PAUSE = 0.001, 0.05
 
 HEADER = struct.Struct('=IHHII')  # nlmsghdr
@@ -87,7 +88,7 @@ class Received(NamedTuple):
             return None
         reason = os.strerror(code)
         if self.kind == NLMSG_ERROR and self.flags & _NLM_F_ACK_TLVS:
-            # The attributes follow the whole request, or only its header.
+            # The attributes follow a copy of the request, or of its header.
             request = (HEADER.size if self.flags & _NLM_F_CAPPED
                        else U32.unpack_from(body, S32.size)[0])
             explanation = read_text(attributes(
@@ -98,7 +99,7 @@ class Received(NamedTuple):
 
 
 def dump_pause(tries: int) -> float:
-    """Return the seconds to wait before an attempt is repeated.
+    """Return the seconds to wait before the next attempt.
 
     :param tries: number of the interrupted attempt, from 0
     """
@@ -134,9 +135,9 @@ def text(kind: int, value: str) -> bytes:
 
 
 def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
-    """Parse attributes; of several with one type, the last counts.
+    """Parse attributes; if a type occurs twice, return the last attribute.
 
-    This function takes less than half as long as :func:`parse_list`.
+    This function takes less than half of the time of :func:`parse_list`.
     """
     values, end = {}, len(data) - _ATTRIBUTE.size
     while start <= end:
@@ -149,7 +150,7 @@ def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
 
 
 def parse_list(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Iterate over attributes, which may have the same type."""
+    """Iterate over attributes, of which several may have the same type."""
     while start + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, start)
         if length < _ATTRIBUTE.size:
@@ -163,16 +164,13 @@ def read_number(packed: Optional[bytes]) -> Optional[int]:
 
 
 def read_text(packed: Optional[bytes]) -> Optional[str]:
-    # The kernel treats names as bytes: os.fsencode() must restore them.
+    # A name may contain any bytes, and os.fsencode() must restore them.
     return None if packed is None else os.fsdecode(packed.rstrip(b'\0'))
 
 
 @contextlib.contextmanager
 def tolerate_errors(*numbers: int) -> Iterator[None]:
-    """End the block without an error if the kernel refuses for a known reason.
-
-    :param numbers: values of errno of the reasons
-    """
+    """Suppress a KernelRefused with one of the given values of errno."""
     try:
         yield
     except exceptions.KernelRefused as err:
@@ -201,8 +199,8 @@ class RequestSocket(Socket):
     Use it as a context manager. Its methods raise KernelRefused.
 
     :param timeout: seconds to wait for an answer
-    :param most: maximum messages to read in a dump, if another user can choose
-        the size of the table; None for no limit
+    :param most: maximum messages to read in a dump, for a table whose size
+        another user controls; None for no limit
     :cvar advice: the remedy in the text of errors
     """
 
@@ -221,8 +219,8 @@ class RequestSocket(Socket):
         try:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW,
                                          self.protocol)
-            # Accept answers of the kernel only: in a pod's namespace, the pod
-            # could send answers too (netlink_getsockbyportid).
+            # Accept only answers from the kernel. In the namespace of a pod,
+            # the pod could send answers too (netlink_getsockbyportid).
             self._socket.connect((0, 0))
         except OSError as err:
             raise self._failed('open a netlink socket', err) from err
@@ -237,7 +235,7 @@ class RequestSocket(Socket):
 
     def _order(self, action: str, *messages: Message, acknowledged: int = -1,
                advice: str = '') -> None:
-        """Send requests that belong together; raise the first error.
+        """Send requests in one datagram; raise the first error.
 
         :param acknowledged: see :meth:`_send`
         """
@@ -251,14 +249,14 @@ class RequestSocket(Socket):
               atomic: bool = False) -> dict[int, OSError]:
         """Send messages in one datagram; return errors by message position.
 
-        The kernel answers each message that it refuses, and the message with
-        NLM_F_ACK. An acknowledgement of every message would take the kernel as
-        long as the execution of the requests.
+        The kernel answers each message that it refuses, and the one message
+        with NLM_F_ACK. If every message had NLM_F_ACK, the kernel would take
+        twice as long.
 
         :param acknowledged: position of the message with NLM_F_ACK, counted
             from the end
-        :param atomic: stop at the first error, because the kernel then undoes
-            all messages
+        :param atomic: whether the kernel undoes all messages after an error,
+            so that this method returns at the first error
         """
         sent = list(messages)
         asked = sent[acknowledged]
@@ -286,8 +284,8 @@ class RequestSocket(Socket):
         """Send a request and parse its answer.
 
         :param read: parses a message of the answer; returns None to skip it
-        :returns: the parsed messages, and whether the table did not change
-            during the dump
+        :returns: the parsed messages, and False if the table changed during
+            the dump, so that the caller has to repeat the dump
         """
         replies: list[_T] = []
         count, is_whole = 0, True
@@ -323,11 +321,11 @@ class RequestSocket(Socket):
               merges: bool = False) -> list[_T]:
         """Dump a table; repeat the dump if the table changed meanwhile.
 
-        :param merges: if the table changed during each dump, return all items
-            of the dumps. If a preceding item is deleted, the kernel may skip
-            an item, but rarely skips the same item in several dumps
+        :param merges: whether to return the union of the dumps if the table
+            changed during each dump. After a deletion, the kernel may skip an
+            item of a dump, but rarely the same item in several dumps
         :raises KernelRefused: with EINTR, if the table changed during each
-            dump
+            dump and ``merges`` is False
         """
         request = message._replace(flags=message.flags | NLM_F_DUMP)
         merged: dict[_T, None] = {}
@@ -346,10 +344,12 @@ class RequestSocket(Socket):
             errno.EINTR, 'the table changed during each read'))
 
     def _answers(self, first: int) -> Iterator[Received]:
-        """Iterate over the answers to the latest requests, endlessly.
+        """Iterate over the answers to the latest requests.
 
-        :param first: sequence number of the first of these requests; answers
-            to earlier requests are skipped
+        The iterator does not detect the last answer, so the caller stops it.
+
+        :param first: sequence number of the first of these requests. The
+            iterator skips answers to earlier requests
         """
         while True:
             for answer in messages(self._socket.recv(_RECEIVED)):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The nftables messages that are sent for each pod.
+"""The nftables messages that this package sends for each pod.
 
-The program ``nft`` loads whole tables, which takes milliseconds. Adding a set
-element by netlink takes microseconds. The formats are defined in
+The program ``nft`` loads whole tables in milliseconds. A netlink message adds
+a set element in microseconds. The formats are defined in
 linux/netfilter/nf_tables.h and nfnetlink.h.
 """
 
@@ -55,11 +55,11 @@ class Nft(netlink.RequestSocket):
     def take_over(self) -> None:
         """Prepare a socket that another process may have used before.
 
-        Drop its unread answers, since that process may have been killed, and
-        continue with a random sequence number.
+        If that process was killed, the socket may have unread answers. So drop
+        the unread answers, and continue with a random sequence number.
         """
         self._drain()
-        # 0 is the sequence number of posted messages.
+        # The number must not be 0, because post() sends messages with 0.
         self._sequence = (int.from_bytes(os.urandom(4), 'big') >> 1) | 1
 
     def _drain(self) -> None:
@@ -73,24 +73,24 @@ class Nft(netlink.RequestSocket):
     def post(self, messages: Sequence[netlink.Message], drain: bool) -> None:
         """Send messages without waiting for an answer.
 
-        When this function returns, the kernel has processed the messages. The
-        sequence number of the kernel's errors belongs to no request, so the
-        next reader skips the errors.
+        When this function returns, the kernel has processed the messages.
+        Their sequence number is 0, so the next reader skips the errors in the
+        answers.
 
         :param drain: whether to drop the answers at once. Do not drain a
-            shared socket: that may drop an answer to another process
+            shared socket, because another process may wait for its answer
         """
         try:
             self._socket.send(b''.join(message.packed(0)
                                        for message in messages))
         except OSError as err:
-            raise self._failed('accept a request to nftables',
+            raise self._failed('process a netfilter request',
                                err) from err
         if drain:
             self._drain()
 
     def add(self, table: str, pairs: Iterable[model.Pair]) -> None:
-        """Add guard entries; existing ones are no error.
+        """Add guard entries; ignore existing entries.
 
         :raises KernelRefused: with ENOENT if the table does not exist
         """
@@ -104,11 +104,13 @@ class Nft(netlink.RequestSocket):
                     lambda pair: pair.set_name)))
 
     def delete(self, table: str, pairs: Iterable[model.Pair]) -> None:
-        """Delete guard entries; missing ones are no error.
+        """Delete guard entries; ignore missing entries.
 
-        For each missing entry, the kernel undoes a batch, in about 15 ms.
+        For each missing entry, the kernel undoes a batch, which takes about
+        15 ms.
         """
-        for pair in pairs:  # in one batch, a missing entry would undo all
+        # In a common batch, a missing entry would undo all deletions.
+        for pair in pairs:
             with netlink.tolerate_errors(errno.ENOENT):
                 self._batch('delete a guard entry from the table ' + table,
                             _message(
@@ -132,7 +134,10 @@ class Nft(netlink.RequestSocket):
         return elements
 
     def rules(self, table: str) -> list[int]:
-        """List the handles of a table's rules; [] if the table is missing."""
+        """List the handles of the rules of a table, by a dump.
+
+        :returns: an empty list if the table does not exist
+        """
         return [int.from_bytes(rule.get(3, b''), 'big')
                 for rule in self._dump(
                     'list the rules of the table ' + table,
@@ -142,20 +147,20 @@ class Nft(netlink.RequestSocket):
     def has_source_rule(self, table: str, index: int, mac: bytes) -> bool:
         """Return whether the rule of :meth:`add_source_rule` exists.
 
-        The look-up takes one message in each direction, even if the pod has
-        filled the table.
+        The method looks up only the chain, so the answer is one message, even
+        if the pod has filled the table.
         """
         chain = self._get(_GETCHAIN, netlink.text(1, table)
                           + netlink.text(3, _source_chain(index, mac)))
-        return chain is not None and chain.get(6) == _U32.pack(1)  # rules
+        return chain is not None and chain.get(6) == _U32.pack(1)  # one rule
 
     def add_source_rule(self, table: str, device: str, index: int,
                         mac: bytes) -> bool:
-        """Drop frames that an interface sends with another MAC address.
+        """Drop frames of an interface whose source MAC address is not ``mac``.
 
-        The table gets one chain with one rule. A chain outlives its interface,
-        and since Linux 6.16 the kernel attaches the chain to the next
-        interface of the same name. So the rule compares the ifindex too.
+        The table gets one chain with one rule. A chain outlives its interface.
+        Since Linux 6.16, the kernel attaches the chain to the next interface
+        of the same name. So the rule compares the ifindex too.
 
         :returns: whether a rule was added
         :raises KernelRefused: if the kernel has no egress hook
@@ -183,7 +188,7 @@ class Nft(netlink.RequestSocket):
         with netlink.tolerate_errors(errno.EEXIST):
             self._batch(action, *creation)
             return True
-        # The table belongs to an earlier interface of this name.
+        # The table exists for an earlier interface of this name.
         self._batch(action, _deletion(table), *creation)
         return True
 
@@ -194,10 +199,11 @@ class Nft(netlink.RequestSocket):
         One rule turns a solicitation into an advertisement (RFC 4861), and
         sends the advertisement to the sender of the solicitation.
 
-        :param index: ifindex of the interface to send by
+        :param index: ifindex of the interface that sends the advertisements
         :param mac: MAC address of this interface, which each advertisement
             contains
-        :raises KernelRefused: if the kernel cannot forward in this family
+        :raises KernelRefused: if the kernel has no expression ``fwd`` for
+            tables of family netdev
         """
         expressions = b''.join((
             _load(1, _NETWORK, 8, 16), _load(2, _TRANSPORT, 8, 16),
@@ -243,7 +249,8 @@ class Nft(netlink.RequestSocket):
 
 
 _kept = threading.local()
-#: The inode of a namespace, and the socket in it that forked processes share.
+#: The inode of a namespace, and a socket in this namespace. This process and
+#: the processes that it forks share the socket.
 _shared: Optional[tuple[int, Nft]] = None
 
 
@@ -252,7 +259,7 @@ def share_nft() -> None:
 
     When the last process closes a netfilter socket, the kernel frees the
     deleted objects, and blocks all changes of nftables for about 20 ms
-    (nft_rcv_nl_event). This process keeps the shared socket open instead.
+    (nft_rcv_nl_event). So this process keeps the shared socket open.
 
     :raises KernelRefused: if the socket cannot be opened
     """
@@ -264,13 +271,13 @@ def share_nft() -> None:
 def open_node_nft(exclusive: bool = False) -> Nft:
     """Return a socket in the node's namespace that stays open.
 
-    Closing a socket that has deleted something takes the kernel about 12 ms.
-    An open socket keeps its namespace alive, so do not use this function in
-    the namespace of a pod.
+    If a socket has deleted an object, the kernel takes about 12 ms to close
+    the socket. An open socket keeps its namespace alive, so do not use this
+    function in the namespace of a pod.
 
-    :param exclusive: whether the caller holds the ledger's lock. Only with the
-        lock, the function may return the shared socket, because each process
-        that has this socket can read any answer
+    :param exclusive: whether the caller holds the ledger's lock. If so, the
+        function may return the shared socket. The lock is necessary, because
+        each process with this socket can read the answers to the others
     :raises KernelRefused: if the socket cannot be opened
     """
     place = os.getpid(), os.stat('/proc/thread-self/ns/net').st_ino
@@ -299,7 +306,10 @@ def post(messages: Sequence[netlink.Message]) -> None:
 
 
 class NftEvents(event_socket.EventSocket):
-    """Receives deletions in this package's tables, in this namespace."""
+    """Receives the deletions of this package's nftables objects.
+
+    :param prefix: prefix of the names of this package's tables
+    """
 
     def __init__(self, prefix: str) -> None:
         self._prefix = os.fsencode(prefix)
@@ -362,7 +372,7 @@ def _load_value(register: int, value: bytes) -> bytes:
 
 
 def _source_chain(index: int, mac: bytes) -> str:
-    """Return the name of a chain, which contains the values of its rule."""
+    """Return the name of a chain, from the values that its rule compares."""
     return 'source-%s-%d' % (mac.hex(), index)
 
 

@@ -2,7 +2,7 @@
 
 """Reads this thread's namespace by plain sockets and /proc.
 
-In Python, a netlink message takes ten times as long.
+In Python, a request by netlink takes ten times as long.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _DIRECTORIES = '/usr/sbin:/sbin'
 
 @contextlib.contextmanager
 def tolerate_absence(what: str) -> Iterator[None]:
-    """Leave the block at an OSError, unless it is a fault of this process.
+    """Suppress an OSError, unless this process lacks descriptors or memory.
 
-    :param what: the failure that SystemRefused describes
+    :param what: description of the failure, for SystemRefused
     :raises SystemRefused: if this process lacks descriptors or memory
     """
     try:
@@ -69,8 +69,9 @@ def find_ifindex(device: str) -> Optional[int]:
 
     :raises SystemRefused: if this process lacks file descriptors
     """
-    for _ in range(2):  # the interface may appear meanwhile
-        # Python's error does not contain the reason.
+    for _ in range(2):  # the interface may appear between the two look-ups
+        # Python's error is the same for a missing interface and for a lack of
+        # descriptors.
         with contextlib.suppress(OSError):
             return socket.if_nametoindex(device)
         if not _has_settings(device):
@@ -80,7 +81,7 @@ def find_ifindex(device: str) -> Optional[int]:
 
 
 def has_interface(device: str) -> bool:
-    """Return whether an interface exists, even without free descriptors."""
+    """Return whether an interface exists, without raising an error."""
     try:
         return socket.if_nametoindex(device) > 0
     except OSError:
@@ -107,11 +108,11 @@ def format_ifname(ifindex: Optional[int]) -> str:
 
 
 def find_current_name(name: str, ifindex: Optional[int]) -> str:
-    """Return the present name of an interface; it may have been renamed.
+    """Return the present name of an interface that may have a new name.
 
-    :param name: its recorded name, which is returned if no interface has the
-        recorded ifindex
-    :param ifindex: its recorded ifindex, or None
+    :param name: the recorded name. If no interface has the recorded ifindex,
+        the function returns this name
+    :param ifindex: the recorded ifindex, or None
     """
     with contextlib.suppress(OSError):
         return socket.if_indextoname(ifindex or 0)
@@ -127,8 +128,8 @@ def find_source(address: model.IPAddress,
 
     :param device: the interface to leave by; None for any
     :returns: None if there is no route, or if the source is link-local
-    :raises PermissionError: if the routes prohibit the address, or it is the
-        broadcast address of a subnet
+    :raises PermissionError: if the route to the address is of type prohibit,
+        or the address is the broadcast address of a subnet
     """
     with socket.socket(family_of(address), socket.SOCK_DGRAM) as probe:
         try:
@@ -141,7 +142,7 @@ def find_source(address: model.IPAddress,
             raise
         except OSError:
             return None
-    # Without an address of this family, the source is 0.0.0.0 or ::1.
+    # If the node has no address of this family, the source is 0.0.0.0 or ::1.
     return (None if source.is_link_local or source.is_unspecified
             or source.is_loopback and not address.is_loopback else source)
 
@@ -195,8 +196,8 @@ def read_sysctl(path: str) -> Optional[int]:
     """Read a sysctl of this thread's network namespace.
 
     :param path: below /proc/sys/net, with slashes
-    :returns: None if it does not exist, such as an IPv6 sysctl if IPv6 is
-        disabled
+    :returns: None if the sysctl does not exist. For example, if IPv6 is
+        disabled, no IPv6 sysctl exists
     :raises SystemRefused: if this process lacks descriptors or memory
     """
     full = '/proc/sys/net/' + path
@@ -211,8 +212,8 @@ def write_sysctl(path: str, value: int,
     """Set a sysctl of this thread's network namespace.
 
     :param path: below /proc/sys/net, with slashes
-    :param directory: a directory in which /proc/sys is writable
-    :raises KernelRefused: if it cannot be written
+    :param directory: /proc/sys, or the directory of [break0] sysctl_dir
+    :raises KernelRefused: if the sysctl cannot be written
     """
     full = '%s/net/%s' % (directory, path)
     try:

@@ -26,8 +26,8 @@ _SO_BINDTOIFINDEX = 62
 _ETH_P_ALL = 3
 _ARP, _IPV6 = 0x0806, 0x86dd
 _BROADCAST = b'\xff' * 6
-#: Number of probes for an address, because a probe may be lost, and seconds to
-#: wait after each.
+#: Number of probes for an address, and seconds to wait after each probe. The
+#: number is above 1 because a probe may be lost.
 _TRIES, _PAUSE = 3, 0.5
 
 
@@ -60,10 +60,8 @@ def connect(address: model.IPAddress, port: int, count: int, timeout: float,
             vrf: int = 0) -> list[Optional[float]]:
     """Open TCP connections, one after the other.
 
-    A refusal counts as a reply. For the other parameters and the result, see
-    :func:`ping`.
-
-    :param port: TCP port
+    If the host refuses the connection, the refusal counts as a reply. For the
+    other parameters and the result, see :func:`ping`.
     """
     times: list[Optional[float]] = []
     for _ in range(count):
@@ -88,7 +86,8 @@ def find_claimants(interface: str, address: model.IPAddress) -> list[str]:
     The probes (RFC 5227, RFC 4862) have the MAC address of the interface and
     no source address, so no host updates its neighbour table.
 
-    :returns: the MAC addresses of the hosts, except the interface's
+    :returns: the MAC addresses of the hosts, without the MAC address of the
+        interface
     :raises SystemRefused: if the interface cannot be used
     """
     try:
@@ -119,7 +118,7 @@ def _enter(wire: socket.socket, vrf: int) -> None:
 
 def _receive_for(wire: socket.socket, seconds: float
                  ) -> Iterator[tuple[bytes, Any]]:
-    """Iterate over the packets received within a time, with their sources."""
+    """Iterate over the packets of a period, with their source addresses."""
     deadline = time.monotonic() + seconds
     while True:
         seconds_left = deadline - time.monotonic()
@@ -182,7 +181,7 @@ def _parse_claim(frame: bytes, address: model.IPAddress) -> Optional[bytes]:
     kind, = struct.unpack_from('!H', frame + bytes(14), 12)
     packet = frame[14:]
     if kind == _ARP and address.version == 4 and len(packet) >= 28:
-        # The sender has the address. The frame is a reply or a request.
+        # In a request and in a reply, this field has the sender's IP address.
         if packet[14:18] == address.packed:
             return packet[8:14]
     elif kind == _IPV6 and address.version == 6 and len(packet) >= 64:

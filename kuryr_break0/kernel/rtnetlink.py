@@ -24,20 +24,20 @@ from kuryr_break0 import model
 #: Maximum changes in one request: the request and its errors must fit into the
 #: socket's buffers.
 _BATCH = 128
-#: Maximum interfaces whose routes are dumped separately; each takes 0.04 ms.
+#: Maximum interfaces to dump separately; each of these dumps takes 0.04 ms.
 _MAX_SEPARATE_DUMPS = 32
 #: Priority and table of the default rules of a namespace. IPv4 has one more
 #: rule, for table default.
 _DEFAULT_RULES = (0, wire.RT_TABLE_LOCAL), (32766, wire.RT_TABLE_MAIN)
 _LAST_RULE = socket.AF_INET, 32767, wire.RT_TABLE_DEFAULT
 _NEW = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
-#: Maximum neighbours to look up separately; each takes 0.03 ms.
+#: Maximum neighbours to look up separately; each look-up takes 0.03 ms.
 _MAX_LOOKUPS = 8
 _INCOMPLETE = 'incomplete'
 #: States of a neighbour, by their bits (linux/neighbour.h).
 _NUD = {0x01: _INCOMPLETE, 0x02: 'reachable', 0x04: 'stale', 0x08: 'delay',
         0x10: 'probe', 0x20: 'failed', 0x40: 'noarp', 0x80: 'permanent'}
-#: Types of routes at which a look-up fails, by the error of the look-up
+#: Types of routes that make a look-up fail, by the errno of the failure
 #: (fib_props in fib_semantics.c, ip6_rt_type_to_error).
 _LEADS_NOWHERE = {errno.EINVAL: wire.RTN_BLACKHOLE,
                   errno.EHOSTUNREACH: wire.RTN_UNREACHABLE,
@@ -84,11 +84,11 @@ class Netlink(links.LinkSocket):
                   ) -> None:
         """Add addresses to an interface, and routes to its namespace.
 
-        One request contains all addresses and routes. An address or a default
-        route that exists already is no error.
+        One request contains all addresses and routes. The method ignores the
+        error EEXIST of an address and of a default route.
 
         :param routes: networks with their gateways
-        :raises KernelRefused: for the first other error
+        :raises KernelRefused: for the first error that is not ignored
         """
         index = node.find_ifindex(link)
         if index is None:
@@ -116,7 +116,7 @@ class Netlink(links.LinkSocket):
                ) -> list[Optional[exceptions.KernelRefused]]:
         """Set and delete routes and neighbours, in order.
 
-        The function sends as few requests as possible. The kernel processes a
+        One request contains up to _BATCH changes. The kernel processes the
         whole request even if this process is killed meanwhile.
 
         :returns: for each change, its error or None. The error is EEXIST if
@@ -130,10 +130,10 @@ class Netlink(links.LinkSocket):
 
     def _change(self, changes: Sequence[values.Change]
                 ) -> list[Optional[exceptions.KernelRefused]]:
-        """Apply a batch; if the kernel rejects all of it, bisect.
+        """Apply a batch; if the batch fails as a whole, bisect it.
 
-        With the bisection, a change that cannot be packed does not prevent the
-        other changes.
+        Because of the bisection, a change that cannot be packed does not
+        prevent the other changes.
         """
         try:
             refused = self._send([wire.change(*each) for each in changes])
@@ -177,11 +177,11 @@ class Netlink(links.LinkSocket):
         return route
 
     def route_to(self, address: model.IPAddress) -> Optional[model.HostRoute]:
-        """Return the host route that is used for an address, or None.
+        """Return the host route that the node uses for an address, or None.
 
-        One look-up finds the route, unless its type is blackhole, unreachable
-        or prohibit. The kernel's answer does not contain such a route, so the
-        routes of this type are dumped.
+        One look-up finds a route of type unicast. A look-up of a blackhole,
+        unreachable or prohibit route fails, and the error shows only the type.
+        In this case, the method dumps all routes of the type.
         """
         try:
             return self._look_up(address).host_route
@@ -197,7 +197,7 @@ class Netlink(links.LinkSocket):
                    key=lambda each: each.metric or 0, default=None)
 
     def is_on_link(self, address: model.IPAddress) -> bool:
-        """Return whether an address is reached without a gateway."""
+        """Return whether the route to an address has no gateway."""
         route = self.lookup(address)
         return route is not None and route.is_on_link
 
@@ -220,7 +220,10 @@ class Netlink(links.LinkSocket):
 
     def neighbour(self, ifindex: int, address: model.IPAddress
                   ) -> tuple[Optional[str], Optional[str]]:
-        """Return MAC address and state of a neighbour; None if unknown."""
+        """Return the MAC address and the state of a neighbour.
+
+        :returns: None for an unknown MAC address or state
+        """
         try:
             answer = self._get('look up the neighbour %s' % address,
                                wire.RTM_GETNEIGH,
@@ -232,9 +235,9 @@ class Netlink(links.LinkSocket):
     def list_unresolved(self, ifindex: int,
                         addresses: Collection[model.IPAddress]
                         ) -> list[model.IPAddress]:
-        """Return the addresses that are being resolved on an interface.
+        """Return the addresses that the kernel is resolving on an interface.
 
-        The function dumps the neighbours if look-ups would take longer.
+        For more than _MAX_LOOKUPS addresses, the method dumps the neighbours.
         """
         if len(addresses) <= _MAX_LOOKUPS:
             return [each for each in addresses if self.neighbour(
@@ -246,8 +249,8 @@ class Netlink(links.LinkSocket):
     def routes(self, devices: Sequence[int] = ()) -> Routes:
         """Read all routes of the node, by dumps.
 
-        :param devices: ifindexes of the interfaces whose next hops are
-            returned separately
+        :param devices: ifindexes of the interfaces whose next hops are in
+            ``left_out`` of the result
         """
         host: list[model.HostRoute] = []
         local: list[model.IPNetwork] = []
@@ -273,7 +276,7 @@ class Netlink(links.LinkSocket):
                       frozenset(broadcast))
 
     def has_default_rules(self) -> bool:
-        """Return whether only the default rules exist: local, then main."""
+        """Return whether only the default rules exist, by a dump."""
         rules = {rule for rule in self._list(
             'list the rules', wire.RTM_GETRULE, wire.ALL_RULES)
             if rule[0] in (socket.AF_INET, socket.AF_INET6)}
@@ -308,12 +311,12 @@ class Netlink(links.LinkSocket):
     def next_hops(self, devices: Sequence[int] = (),
                   protocol: Optional[int] = None
                   ) -> frozenset[model.IPAddress]:
-        """Read the gateways of all routes, except on excluded interfaces.
+        """Read the gateways of routes, except on some interfaces, by dumps.
 
         :param devices: ifindexes of the excluded interfaces
         :param protocol: protocol number of the routes on these interfaces.
-            Routes with this number are not parsed, because they have no
-            gateway; None to parse all routes
+            The method does not parse routes with this number, because they
+            have no gateway. If the number is None, it parses all routes
         """
         return frozenset(each.gateway for each in (
             *self._next_hop_objects(), *(
@@ -325,10 +328,10 @@ class Netlink(links.LinkSocket):
                             ) -> Iterator[values.Route]:
         """List the routes except on excluded interfaces, by dumps.
 
-        The excluded interfaces have a route for each pod. If each other
-        interface is dumped separately, the kernel sends no routes of pods. If
-        there are more than _MAX_SEPARATE_DUMPS interfaces, a dump of all
-        routes is faster, and this method skips the routes with ``protocol``.
+        The excluded interfaces have a route for each pod. The method dumps
+        the routes of each other interface separately, so the kernel sends no
+        route of a pod. For more than _MAX_SEPARATE_DUMPS interfaces, a dump of
+        all routes is faster. Routes with ``protocol`` are not parsed.
         """
         def read(message: netlink.Received) -> Any:
             if protocol is not None and (

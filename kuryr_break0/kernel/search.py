@@ -4,10 +4,9 @@
 
 The kernel sends no event about a new namespace. A new namespace with a name is
 a new mount. A new namespace without a name usually contains a new process. So
-a search for new namespaces reads only new mounts and new processes, and its
-cost does not depend on the number of old mounts and processes. The search
-misses a namespace without a name that an older process has entered. A search
-for all namespaces finds that namespace.
+a search for new namespaces examines only new mounts and new processes. If an
+old process enters a new namespace without a name, only a search for all
+namespaces finds the namespace.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ LOG = log.get_logger(__name__)
 
 #: Directories of named namespaces
 NETNS_DIRS = '/run/netns', '/var/run/netns'
-#: Seconds in which a new process is expected to enter its namespaces
+#: Maximum seconds that a new process probably needs to enter its namespaces
 _YOUNG = 2.0
 #: The offset of a process in /proc is its PID plus this number (TGID_OFFSET in
 #: fs/proc/base.c).
@@ -51,8 +50,9 @@ Place = tuple[int, int]
 class NamespaceLocation(NamedTuple):
     """A network namespace of this node.
 
-    :ivar path: the path that will probably exist longest
-    :ivar namespace: its identity; results of :class:`Search` lack the cookie
+    :ivar path: the path to the namespace that will probably exist longest
+    :ivar namespace: its identity, without the cookie in results of
+        :class:`Search`
     :ivar process: directory of a process in the namespace, or None
     """
 
@@ -83,10 +83,10 @@ class NamespaceLocation(NamedTuple):
 class ExaminedNamespace(NamedTuple):
     """A namespace and its container.
 
-    :ivar container: equal for all namespaces of one container; None for a
-        namespace that this user has created outside of any container
-    :ivar number: its number in this thread's namespace; None if the kernel
-        assigned none
+    :ivar container: a value that all namespaces of one container share. None
+        for a namespace that this user has created outside of any container
+    :ivar number: number (nsid) of the namespace in this thread's namespace;
+        None if the kernel assigned no number
     """
 
     location: NamespaceLocation
@@ -111,11 +111,12 @@ class Search:
     def all(self, earlier: Mapping[Place, str]) -> list[NamespaceLocation]:
         """List all namespaces except this thread's, with one path each.
 
-        If a namespace has a name, its path is the name, which exists as long
-        as the namespace. Otherwise it is the path of the oldest process in the
-        namespace, which will probably end last.
+        If a namespace has a name, the path is the name. Otherwise, it is the
+        path of the oldest process in the namespace, because this process will
+        probably end last.
 
-        :param earlier: paths of namespaces from an earlier search
+        :param earlier: paths of namespaces from an earlier search. If the path
+            of a process is still valid, the method returns the same path
         """
         for each in self._processes:
             each.note()
@@ -147,7 +148,7 @@ class _Processes:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        #: times of searches, each with the last PID at that time
+        #: monotonic times of searches, each with the last PID at that time
         self._last: list[tuple[float, int]] = []
         self._is_ordered: Optional[bool] = None
 
@@ -158,12 +159,14 @@ class _Processes:
     def new(self) -> list[str]:
         """List the directories of new processes.
 
-        A process is new if it started after the last search that was at least
-        _YOUNG seconds ago, or after the first search.
+        A process may need up to _YOUNG seconds to enter its namespaces. So a
+        process is new if it started after the latest search that is at least
+        _YOUNG seconds old. If no search is so old, a process is new if it
+        started after the first search.
 
         The kernel assigns ascending PIDs until the maximum, and then begins
-        with low PIDs again. After such a new beginning, and for the directory
-        of another PID namespace, the list contains all processes.
+        with low PIDs again. After such a wrap-around, the list contains all
+        processes. For the directory of another PID namespace, it always does.
         """
         since = self.note()
         with node.tolerate_absence(_UNSEEN):
@@ -174,8 +177,9 @@ class _Processes:
     def note(self) -> int:
         """Record the last PID.
 
-        :returns: the last PID at the last search that was at least _YOUNG
-            seconds ago, or else at the first search; 0 if unknown
+        :returns: the last PID at the latest search that is at least _YOUNG
+            seconds old. If no search is so old, the last PID at the first
+            search; 0 if unknown
         """
         now, last = time.monotonic(), self._read_last()
         if last is None or self._last and last < self._last[-1][1]:
@@ -192,10 +196,10 @@ class _Processes:
                 for name in names if name.isdigit()]
 
     def _read_last(self) -> Optional[int]:
-        """Return the last PID of this process's PID namespace.
+        """Return the last PID that the kernel has assigned in this namespace.
 
-        :returns: None if the directory shows another PID namespace or lacks
-            the number
+        :returns: None if the directory belongs to another PID namespace, or
+            its file loadavg has no PID
         """
         with contextlib.suppress(OSError, ValueError, IndexError):
             if os.readlink(self._directory + '/self') == str(os.getpid()):
@@ -204,7 +208,7 @@ class _Processes:
         return None
 
     def _names_from(self, number: int) -> list[str]:
-        """List the directory, from a PID on if the kernel supports it."""
+        """List the directory; if possible, begin with the PID ``number``."""
         fd = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if number and self._is_ordered is None:
@@ -222,7 +226,7 @@ def find_namespaces(processes: Iterable[str]) -> Iterator[NamespaceLocation]:
     """List all namespaces except this thread's, with one path each.
 
     :param processes: directories such as /proc
-    :raises SystemRefused: if this process cannot read all of them
+    :raises SystemRefused: if this process lacks descriptors or memory
     """
     own = os.stat(namespaces.OWN_NETNS)
     for location in Search(processes).all({}):
@@ -235,7 +239,8 @@ def find_namespaces(processes: Iterable[str]) -> Iterator[NamespaceLocation]:
 def examine_namespace(location: NamespaceLocation) -> ExaminedNamespace:
     """Return the namespace that is now at a path, with its container.
 
-    A namespace without a number gets a number, and keeps it until it ends.
+    If the namespace has no number (nsid) yet, the function assigns a number,
+    which remains until the namespace ends.
 
     :raises NetnsUnusable: if the path leads to no namespace, or to this
         thread's namespace
@@ -253,9 +258,10 @@ def examine_namespace(location: NamespaceLocation) -> ExaminedNamespace:
         except exceptions.KernelRefused as err:
             if err.is_exhausted:
                 raise
-            # NamespaceEvents receives no events of a namespace that has no
-            # number.
-            LOG.debug('Changes of %s are found by the timer only: %s',
+            # Without the number, NamespaceEvents receives no events of the
+            # namespace.
+            LOG.debug('The kernel sends no events of %s, so only the timer '
+                      'finds its changes: %s',
                       location.path, err)
     return ExaminedNamespace(location._replace(namespace=namespace), container,
                              number)
@@ -265,11 +271,13 @@ def _find_container(process: Optional[str], netns: int) -> Hashable:
     """Return a value that all namespaces of a container share.
 
     The value is the outermost PID namespace, below this process's own, that
-    contains the process. A process cannot leave its PID namespace, and the PID
-    namespaces that a container creates are below the container's. Any user can
-    create a user namespace, and PID namespaces in the user namespace. If the
-    creator of the user namespace is not the user of this process, the value is
-    the creator.
+    contains the process. A process cannot leave its PID namespace, and a PID
+    namespace that a container creates is below the PID namespace of the
+    container.
+
+    Any user can create a user namespace, and then any number of PID namespaces
+    in the user namespace. If another user than this process's has created the
+    user namespace, the value is this other user.
 
     :param process: directory of a process in the namespace; None if unknown
     :param netns: descriptor of the network namespace
@@ -299,11 +307,13 @@ def _find_container(process: Optional[str], netns: int) -> Hashable:
 
 def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
                     kind: str) -> Optional[int]:
-    """Return the child of this process's namespace that contains a namespace.
+    """Return the outermost ancestor below this process's own namespace.
 
     :param stack: the stack that closes the descriptors
-    :param fd: descriptor of the namespace, which may be the child itself
-    :returns: descriptor of the child; None if the namespace is this process's
+    :param fd: descriptor of a namespace, which may be the result itself
+    :param kind: ``pid`` or ``user``
+    :returns: descriptor of the ancestor; None if the namespace is this
+        process's own
     """
     outermost = None
     # The loop ends at this process's namespace, or with an error at a
@@ -319,7 +329,7 @@ def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
 
 def _match_paths(names: Iterable[str], processes: Iterable[str],
                  earlier: Mapping[Place, str]) -> list[NamespaceLocation]:
-    """List the namespaces of names and processes, named namespaces last."""
+    """List the namespaces of names and processes, those with a name last."""
     own = os.stat(namespaces.OWN_NETNS)
     paths: dict[Place, str] = {}
     inside: dict[Place, list[str]] = {}
@@ -340,7 +350,7 @@ def _match_paths(names: Iterable[str], processes: Iterable[str],
 
 
 def _choose_path(processes: list[str], earlier: Optional[str]) -> str:
-    """Return the path of a namespace without a name."""
+    """Return the path of the process that will probably end last."""
     paths = [each + _BY_PROCESS for each in processes]
     if earlier in paths:
         return str(earlier)
@@ -348,7 +358,7 @@ def _choose_path(processes: list[str], earlier: Optional[str]) -> str:
 
 
 def _read_start_time(path: str) -> float:
-    """Return the start time of a process in ticks; infinite if it ended."""
+    """Return the start time of a process in ticks; infinity if it ended."""
     with node.tolerate_absence(_UNSEEN), \
             contextlib.suppress(IndexError, ValueError), \
             open(path[:-len(_BY_PROCESS)] + '/stat', 'rb') as file:

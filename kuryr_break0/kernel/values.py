@@ -14,7 +14,7 @@ from kuryr_break0 import model
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST = 1, 2, 3
 NUD_PERMANENT = 0x80
-#: The kernel has added the route itself, for example for an IPv6 path MTU.
+#: Flag of a route that the kernel has added, for example for an IPv6 path MTU.
 RTM_F_CLONED = 0x200
 
 
@@ -22,8 +22,8 @@ class Verb(enum.Enum):
     """A change of a route or a neighbour.
 
     If the route or neighbour exists, ADD fails, and REPLACE replaces it.
-    DELETE deletes the route only if its interface, protocol and table match,
-    and the neighbour with any MAC address.
+    DELETE deletes a route only if its interface, protocol and table match. It
+    deletes a neighbour regardless of the MAC address.
     """
 
     ADD = 'add'
@@ -48,14 +48,14 @@ class Link:
     :ivar kind: None for a physical interface
     :ivar mode: mode of a macvlan or macvtap; None for other kinds
     :ivar lower: ifindex of its lower interface, or None
-    :ivar lower_namespace: number of the namespace that contains the lower
-        interface; None if that is this namespace
+    :ivar lower_namespace: number (nsid) of the namespace that contains the
+        lower interface; None if the lower interface is in this namespace
     :ivar alias: its alias (``ip link set alias``)
     :ivar group: its group; 0 is the default
-    :ivar carrier: whether it is up and its lower interface works
-    :ivar vrf: the VRF that it is in, or None
+    :ivar carrier: whether it is up and has a carrier (IFF_LOWER_UP)
+    :ivar vrf: the VRF that contains it, or None
     :ivar port_of: ifindex of its bridge, bond or team if it is a port, or None
-    :ivar ethernet: whether it has a MAC address
+    :ivar ethernet: whether its type is Ethernet (ARPHRD_ETHER)
     """
 
     name: str
@@ -78,7 +78,7 @@ class Link:
 
     @property
     def description(self) -> str:
-        """Return its kind and mode, for messages."""
+        """Return the kind and the mode of the interface, for messages."""
         return 'a %s%s' % (self.kind or 'physical interface',
                            ' in %s mode' % self.mode if self.mode else '')
 
@@ -105,9 +105,9 @@ class Route(NamedTuple):
     """A route.
 
     :ivar dst: None for a default route
-    :ivar next_hops: the next hops with a gateway. Empty for a route with a
-        nexthop object, if the kernel reports only the id of the object
-        (net.ipv4.nexthop_compat_mode)
+    :ivar next_hops: the next hops with a gateway. If the kernel reports only
+        the id of a nexthop object, the tuple is empty (see the sysctl
+        net.ipv4.nexthop_compat_mode)
     :ivar is_multipath: whether it has several next hops
     :ivar is_altered: whether it has an encapsulation, or metrics such as an
         MTU
@@ -130,7 +130,7 @@ class Route(NamedTuple):
 
     @property
     def host_route(self) -> Optional[model.HostRoute]:
-        """Return the route as a :class:`HostRoute`; None for other routes."""
+        """Return a host route as a :class:`HostRoute`; else None."""
         if (self.dst is None or self.dst_len != self.dst.max_prefixlen
                 or self.type == RTN_LOCAL or self.flags & RTM_F_CLONED):
             return None
@@ -143,7 +143,7 @@ class Route(NamedTuple):
 
     @property
     def is_on_link(self) -> bool:
-        """Return whether it has no gateway."""
+        """Return whether it is a unicast route with one hop and no gateway."""
         return (self.type == RTN_UNICAST and not self.next_hops
                 and not self.is_multipath)
 
@@ -151,7 +151,8 @@ class Route(NamedTuple):
 class InterfaceAddress(NamedTuple):
     """A local address of an interface.
 
-    On a point-to-point interface, ``address`` is not the peer's address.
+    On a point-to-point interface, ``address`` is the local address, not the
+    address of the peer.
     """
 
     ifindex: int
@@ -159,7 +160,7 @@ class InterfaceAddress(NamedTuple):
 
 
 class AddressState(NamedTuple):
-    """An :class:`InterfaceAddress` with the lower 8 bits of its flags."""
+    """A local address of an interface, with the lower 8 bits of its flags."""
 
     ifindex: int
     address: model.IPAddress
@@ -180,7 +181,7 @@ class NeighbourState(NamedTuple):
 
     @property
     def permanent(self) -> Optional[model.Neighbour]:
-        """Return a permanent neighbour as a :class:`Neighbour`, or None."""
+        """Return it as a :class:`Neighbour`; None if it is not permanent."""
         if self.dst is None or not self.state & NUD_PERMANENT:
             return None
         return model.Neighbour(self.dst, self.ifindex, self.mac, self.protocol)

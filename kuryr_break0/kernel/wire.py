@@ -2,10 +2,10 @@
 
 """Packs and parses the rtnetlink messages of this package.
 
-A bind sends two messages. A dump returns one message for each pod. pyroute2
-takes more than ten times as long for a message as struct. The formats are
-defined in linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h and neighbour.h.
-Tests compare the messages with the messages of pyroute2 and the kernel.
+A bind sends two messages, and a dump returns one message for each pod. For one
+message, pyroute2 takes more than ten times as long as the module struct. The
+formats are defined in linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h and
+neighbour.h. Tests compare the messages with those of pyroute2 and the kernel.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ RTM_NEWRULE, RTM_GETRULE = 32, 34
 RTM_NEWNSID, RTM_DELNSID, RTM_GETNSID = 88, 89, 90
 RTM_NEWNEXTHOP, RTM_GETNEXTHOP = 104, 106
 
-RT_TABLE_COMPAT = 252  # in the header of a route in a table above 255
+RT_TABLE_COMPAT = 252  # rtm_table of a route in a table above 255
 RT_TABLE_DEFAULT, RT_TABLE_MAIN, RT_TABLE_LOCAL = 253, 254, 255
 RTPROT_STATIC = 4
-#: Matches any scope in a deletion. RT_SCOPE_UNIVERSE, 0, would not match a
-#: route of scope link.
+#: In a deletion, this scope matches a route of any scope. RT_SCOPE_UNIVERSE
+#: (0) would not match a route of scope link.
 RT_SCOPE_NOWHERE = 255
 RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT = 6, 7, 8
-#: Report the table of the route. Without this flag, the kernel reports table
-#: main.
+#: Flag of a look-up: report the table of the route. Without this flag, the
+#: kernel reports table main.
 RTM_F_LOOKUP_TABLE = 0x1000
-#: Report the route as in the table, not the result of the look-up.
+#: Flag of a look-up: report the matching route of the table, instead of the
+#: path to the address.
 RTM_F_FIB_MATCH = 0x2000
 IFF_UP, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x8, 0x1000
 IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
@@ -49,7 +50,7 @@ ARPHRD_ETHER = 1
 #: receives the frames of its parent. An interface has at most one such
 #: receiver (netdev_rx_handler_register).
 _RECEIVERS = ('bridge', 'bond', 'team', 'openvswitch')
-#: Omit the counters from an interface's message.
+#: Flag of a request for interfaces: omit the counters from the answer.
 RTEXT_FILTER_SKIP_STATS = 1 << 3
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK = 1, 3, 4, 5
@@ -155,7 +156,10 @@ def pack_lookup(address: model.IPAddress, flags: int = 0,
 
 
 def pack_address_dump(ifindex: int) -> bytes:
-    """Pack the request for the addresses of an interface, or of all (0)."""
+    """Pack a request for the addresses of an interface.
+
+    :param ifindex: ifindex of the interface; 0 for all interfaces
+    """
     return _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, ifindex)
 
 
@@ -244,10 +248,10 @@ def parse_route(body: bytes) -> values.Route:
 
 
 def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
-    """Parse a nexthop object; return () for a group.
+    """Parse a nexthop object; return () if it has no gateway for routes.
 
-    A group has no gateway, but refers to other nexthop objects.
-    Nexthop objects of a forwarding database (fdb) belong to no route.
+    A group has no gateway, but refers to other nexthop objects. A nexthop
+    object of a forwarding database (fdb) belongs to no route.
     """
     attrs = netlink.attributes(body, _NEXT_HOP_OBJECT.size)
     gateway = _address(attrs.get(NHA_GATEWAY))
@@ -257,7 +261,7 @@ def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
 
 
 def parse_rule(body: bytes) -> tuple[int, int, int]:
-    """Parse family, priority and table of a rule only."""
+    """Parse only the family, the priority and the table of a rule."""
     family, table, _ = _RULE.unpack_from(body)
     attrs = netlink.attributes(body, _RULE.size)
     return (family, netlink.read_number(attrs.get(FRA_PRIORITY)) or 0,
@@ -265,17 +269,17 @@ def parse_rule(body: bytes) -> tuple[int, int, int]:
 
 
 def route_protocol(body: bytes) -> int:
-    """Parse the protocol number of a route only."""
+    """Parse only the protocol number of a route."""
     return body[5] if len(body) > 5 else 0  # rtm_protocol
 
 
 def changed_flags(body: bytes) -> int:
-    """Parse the mask of changed flags of an interface only."""
+    """Parse only the mask of the changed flags of an interface."""
     return int(_IFINFO.unpack_from(body)[4])
 
 
 def parse_address(body: bytes) -> Optional[values.AddressState]:
-    """Parse an address; None for another family, such as MCTP."""
+    """Parse an address; return None if it is neither IPv4 nor IPv6."""
     _, _, flags, _, ifindex = _IFADDR.unpack_from(body)
     attrs = netlink.attributes(body, _IFADDR.size)
     address = _address(attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS))
@@ -294,12 +298,13 @@ def parse_neighbour(body: bytes) -> values.NeighbourState:
 
 
 def parse_nsid(body: bytes) -> int:
-    """Parse the number of a namespace; -1 if it has none."""
+    """Parse the number (nsid) of a namespace; -1 if it has none."""
     nsid = netlink.attributes(body, 4).get(NETNSA_NSID)
     return int(netlink.S32.unpack(nsid)[0]) if nsid else -1
 
 
-#: Parsers, by the message type of an addition. A deletion has the next number.
+#: Parsers by message type. Each key is the type of an addition. The type of
+#: the deletion is the key plus 1.
 _PARSERS = {RTM_NEWLINK: parse_link, RTM_NEWADDR: parse_address,
             RTM_NEWROUTE: parse_route, RTM_NEWNEIGH: parse_neighbour,
             RTM_NEWRULE: parse_rule, RTM_NEWNSID: parse_nsid,
@@ -344,7 +349,7 @@ def _next_hops(attrs: dict[int, bytes],
 
 
 def _address(packed: Optional[bytes]) -> Optional[model.IPAddress]:
-    """Parse an IP address; None if absent or of another family."""
+    """Parse an IP address; None if it is absent or has another length."""
     if packed is None or len(packed) not in (4, 16):
         return None
     return model.address_from_bytes(packed)

@@ -3,8 +3,8 @@
 """The ledger records which sandbox owns which address, until the next boot.
 
 kuryr-daemon serves each request in a new process and may be restarted at any
-time, so the records are files in the state directory. The ledger is evidence,
-not proof: see :mod:`kuryr_break0.engine.reconciler`.
+time, so the records are files in the state directory. The files can be lost or
+outdated; see :mod:`kuryr_break0.engine.reconciler`.
 
 The methods raise LedgerUnavailable if a file cannot be read or written.
 """
@@ -49,13 +49,13 @@ T = TypeVar('T')
 _RETRIES = 5
 #: Files in the state directory, except those that end with .json.
 _FILES = ('cni.sock', 'heartbeat', 'identity', 'journal', 'lock')
-#: Directories that may be in a state directory without records.
+#: Directories that a state directory without records may contain.
 _FOREIGN_DIRECTORIES = ('quarantine', 'lost+found')
 #: Subdirectory of the quarantine for records of earlier boots.
 _EARLIER_BOOT = 'earlier-boot'
-#: Maximum next hops to record, including deleted ones.
+#: Maximum next hops to record, including next hops of deleted routes.
 MAX_NEXT_HOPS = 1024
-#: Maximum DELs to record until the next sync.
+#: Maximum number of recorded DELs. A sync deletes the earlier DELs.
 MAX_ENDED = 256
 
 
@@ -63,8 +63,8 @@ MAX_ENDED = 256
 class Contents:
     """The contents of a state directory.
 
-    :ivar claims: the claims on each address, the newest first; ordered by
-        address
+    :ivar claims: the claims by address. The dictionary is in the order of the
+        addresses, and the newest claim on an address is the first
     :ivar damaged: the reason for each damaged record, by path
     :ivar newer: a description of each record of a later version, by path
     :ivar quarantined: the paths of the records in quarantine
@@ -81,7 +81,7 @@ class Contents:
     def is_still(self, records: Records, address: IPAddress) -> bool:
         """Return whether the claims on an address are unchanged."""
         claims = self.claims.get(address, ())
-        stamp = files.stamp(records.path(address))  # enough in most cases
+        stamp = files.stamp(records.path(address))  # decides most cases
         try:
             return records.parsed_files.get(address) == (stamp, claims) or (
                 records.claims(address) == claims)
@@ -143,12 +143,13 @@ class Ledger:
 
         The method changes nothing. Between the two reads, it waits until the
         lock is free, because the holder may be in the middle of an operation.
-        If a record was added or removed meanwhile, it repeats both reads, with
-        at most _RETRIES attempts.
+        If a record was added, replaced or removed meanwhile, it repeats both
+        reads, with at most _RETRIES attempts.
 
         :param read_other: reads the other values
         :param patience: seconds to wait for the lock
-        :returns: the contents, the other values, and whether they match
+        :returns: the contents, the other values, and whether the records did
+            not change between the two reads
         """
         directory = self.records.directory
         with self._convert_errors():
@@ -199,7 +200,7 @@ class Ledger:
             frozenset(unreadable - claims.keys()))
 
     def identity(self) -> Optional[Identity]:
-        """Return the identity of the ledger; None if it was never used."""
+        """Return the identity of the ledger; None before its first use."""
         try:
             return identity.read(self._identity_path)
         except ValueError as err:
@@ -210,9 +211,8 @@ class Ledger:
     def ensure_identity(self) -> Identity:
         """Return the identity of the ledger; create it if it is missing.
 
-        The identity is created at the first use of the directory, and again
-        after the directory's contents were lost. The caller must hold the
-        lock.
+        A new identity also replaces a damaged identity and the identity of an
+        earlier boot. The caller must hold the lock.
         """
         try:
             current = identity.read(self._identity_path)
@@ -223,8 +223,8 @@ class Ledger:
             current = None
         boot = identity.read_boot_id()
         if current is not None and boot and current.boot not in ('', boot):
-            # The kernel numbers namespaces from the start at each boot, so
-            # records of an earlier boot can match namespaces of this boot.
+            # At each boot, the kernel numbers namespaces from the start again,
+            # so records of an earlier boot can match namespaces of this boot.
             LOG.warning('The state directory %s has records of an earlier '
                         'boot; their pods no longer exist. Moved them to '
                         'quarantine. Use a directory on a tmpfs: see [break0] '
@@ -250,7 +250,7 @@ class Ledger:
                            os.path.join(target, name))
 
     def list_recent_next_hops(self) -> list[str]:
-        """Return the most recent next hops of the node in this boot."""
+        """Return the last MAX_NEXT_HOPS next hops of the node in this boot."""
         boot, *addresses = self.cache.get('next_hops_seen') or ['']
         return addresses if boot == identity.read_boot_id() else []
 
@@ -269,7 +269,8 @@ class Ledger:
 
         The ledger keeps the last DEL of each owner, and at most the last
         MAX_ENDED DELs of all owners. A DEL names only the addresses of the
-        last ADD, so claims of an earlier ADD remain.
+        last ADD, so claims of an earlier ADD remain until the next sync drops
+        the claims of these owners.
         """
         ended = {}
         for each in self.cache.get('ended') or ():
@@ -281,7 +282,7 @@ class Ledger:
     def add_end(self, owner: Owner, when: float) -> None:
         """Add a DEL to :meth:`list_ended`. The caller must hold the lock."""
         ended = self.list_ended()
-        ended.pop(owner, None)  # the new DEL of an owner must be the last
+        ended.pop(owner, None)  # the new DEL must be the last item
         self._put_ended({**ended, owner: when})
 
     def delete_ends(self, before: float) -> None:
@@ -304,10 +305,11 @@ class Ledger:
             return os.path.isdir(self.path)
 
     def list_foreign_files(self) -> list[str]:
-        """Return the names of foreign files in a directory without records.
+        """Return the names of files that other programs have created.
 
-        The caller refuses a directory with such files, for example /run,
-        because changing its mode or deleting files would break other programs.
+        For example, if the directory is /run, the caller must refuse the
+        directory. A change of its mode or the deletion of files would break
+        other programs.
         """
         return sorted(name for name in os.listdir(self.path) if not (
             name in _FOREIGN_DIRECTORIES or _is_own_file(name)))
@@ -316,7 +318,7 @@ class Ledger:
         """Delete this package's files, and the directory if it is empty.
 
         If the directory is a mount point, as in a container, it remains. The
-        caller must hold the lock, whose file is deleted too.
+        caller must hold the lock. The file of the lock is deleted too.
         """
         quarantine = self.records.quarantine
         try:
@@ -350,7 +352,8 @@ class Ledger:
                               (status.st_uid, os.geteuid()))
             used = os.path.isdir(self.records.directory)
             if not used and self.list_foreign_files():
-                raise OSError('it has no records, but the foreign file %s' %
+                raise OSError('it has no records, but a file of another '
+                              'program: %s. Use an empty directory' %
                               self.list_foreign_files()[0])
             mode = stat.S_IMODE(status.st_mode)
             if mode & 0o077:

@@ -2,7 +2,7 @@
 
 """Caches values that are expensive to read and rarely change.
 
-Each request runs in a process of its own, so the cache consists of files.
+Each request runs in its own process, so the cache consists of files.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any, Optional
 
 from kuryr_break0.ledger import files
 
-#: Maximum bytes of a file; the next hops of a router need this much.
+#: Maximum bytes of a file. The next hops of a router can need this size.
 _MAX_SIZE = 2 ** 20
 SUFFIX = '.json'
-#: Seconds for which values of the node are cached: its next hops, its
-#: addresses, and whether break0 is configured. A bind always reads from the
-#: kernel whether break0 exists and is up.
+#: Maximum age, in seconds, of the cached next hops and addresses of the node,
+#: and of the check of break0's settings. A bind detects a break0 that is gone
+#: or down without the cache.
 MAX_AGE = 30
 
 
 class Cache:
     """Cached lists of values by name.
 
-    Nothing depends on the cache: a missing, damaged or outdated value is read
-    again.
+    If a value is missing, damaged or outdated, the caller reads the value from
+    its source again, or works without the value.
     """
 
     def __init__(self, directory: str) -> None:
@@ -43,7 +43,7 @@ class Cache:
             content = json.loads(files.read(self._path(name), _MAX_SIZE))
             age = files.now() - content['at']
             if age < 0 or max_age is not None and age >= max_age:
-                return None  # a negative age: from an earlier boot
+                return None  # a negative age is from an earlier boot
             return list(content['facts'])
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
@@ -58,7 +58,7 @@ class Cache:
         return self.get(name, MAX_AGE)
 
     def put(self, name: str, facts: list[Any]) -> None:
-        """Write a list; an error is harmless."""
+        """Write a list; ignore an error."""
         with contextlib.suppress(OSError):
             files.replace(self._path(name), json.dumps(
                 {'at': files.now(), 'facts': facts}))
@@ -69,6 +69,6 @@ class Cache:
             os.unlink(self._path(name))
 
     def _path(self, name: str) -> str:
-        # A parent that a caller names may not be a valid interface name.
+        # A caller can pass a parent that is no valid interface name.
         return os.path.join(self._directory, (
             name.encode().hex() if '/' in name else name) + SUFFIX)

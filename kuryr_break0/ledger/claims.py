@@ -20,7 +20,7 @@ class Addition(NamedTuple):
     """The claims on an address after another claim was added.
 
     :ivar after: all claims, the new one first
-    :ivar rivals: earlier claims of other interfaces that are not gone
+    :ivar rivals: earlier claims of other interfaces, without gone claims
     """
 
     after: Claims
@@ -49,7 +49,7 @@ def split(claims: Collection[model.Record],
     """Return the remaining claims and the gone claims, each in order.
 
     :param is_gone: returns whether a claim is gone, for example because its
-        sandbox is proven not to exist
+        sandbox no longer exists
     """
     gone = tuple(claim for claim in claims if is_gone(claim))
     return tuple(claim for claim in claims if claim not in gone), gone
@@ -68,8 +68,8 @@ def add(record: model.Record, claims: Claims,
     of_others = [claim for claim in claims
                  if not is_of_same_interface(claim, record)]
     rivals, _ = split(of_others, is_gone)
-    # If a claim has neither a namespace nor a macvtap, its sandbox can never
-    # be proven to be gone.
+    # Drop a claim that has neither a namespace nor a macvtap, because the end
+    # of its sandbox could never be proven.
     kept = tuple(claim for claim in rivals if claim.namespace or claim.tap)
     return Addition((record, *kept), rivals)
 
@@ -77,9 +77,10 @@ def add(record: model.Record, claims: Claims,
 def is_of_same_interface(claim: model.Record, record: model.Record) -> bool:
     """Return whether a claim is an earlier claim of the same interface.
 
-    The owner of a discovered or rebuilt claim is not the owner that the
-    container's engine passes to a later bind. So the namespace and the name of
-    the interface are compared instead.
+    If a claim was discovered or rebuilt, this program has invented the
+    container id, and the container's engine passes another id to a later
+    bind. So for such a claim, the function compares the namespace and the name
+    of the interface instead.
     """
     return claim.owner == record.owner or (
         (claim.origin is model.Origin.DISCOVERED or claim.is_rebuilt)
@@ -93,10 +94,10 @@ def is_own(claim: model.Record, owner: model.Owner,
            bound_at: Optional[float] = None) -> bool:
     """Return whether an unbind for an owner drops a claim.
 
-    The container id of an adopted container is unknown. The namespace alone
-    does not identify the container: a runtime can reuse the path for a new
-    container, and then repeat the DEL of the earlier container. So the MAC
-    address is compared too.
+    If a claim has an owner from :meth:`Owner.adopted`, its container id is
+    unknown. The namespace alone does not identify the container: a runtime can
+    reuse the path for a new container, and then repeat the DEL of the earlier
+    container. So for such a claim, the function also compares the MAC address.
 
     :param namespace: the namespace of the sandbox, if it exists
     :param mac: MAC address of its interface; None if unknown
@@ -116,8 +117,8 @@ def can_own_items(claims: Collection[model.Record],
                   mac: Optional[str]) -> bool:
     """Return whether the route and the neighbour can belong to the claims.
 
-    If not, the items belong to an unrecorded pod or to another ledger. A claim
-    without a MAC address can own any items.
+    If the result is False, the items belong to an unrecorded pod or to another
+    ledger. A claim without a MAC address can own any items.
 
     :param mac: MAC address of the permanent neighbour of the address; None
         if it has no such neighbour

@@ -22,10 +22,10 @@ _PAUSE = 0.001
 
 
 def now() -> float:
-    """Return the seconds since the boot; the clock cannot be set back.
+    """Return the seconds since the boot, by a clock that is never set.
 
-    The result is the same in all time namespaces, so containers can compare
-    their times.
+    The result is the same in all time namespaces, so a process can compare it
+    with the result of a process in another container.
     """
     return time.clock_gettime(time.CLOCK_BOOTTIME) - _clock_offset()
 
@@ -34,7 +34,7 @@ def now() -> float:
 def _clock_offset() -> float:
     """Return the offset of this time namespace's clock in seconds.
 
-    0 on a kernel without time namespaces; see time_namespaces(7).
+    The offset is 0 on a kernel without time namespaces (time_namespaces(7)).
     """
     with contextlib.suppress(OSError, ValueError), \
             open('/proc/self/timens_offsets') as file:
@@ -61,8 +61,8 @@ _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 def open_file(path: str, flags: int) -> Iterator[int]:
     """Open a file, and close it at the end of the ``with`` block.
 
-    Links are refused. Opening a pipe does not block, because a pod must not
-    wait for another program.
+    The function refuses a link. It does not block at a pipe, because a pod
+    must not wait for another program.
     """
     fd = os.open(path, flags | _FLAGS, 0o600)
     try:
@@ -74,8 +74,8 @@ def open_file(path: str, flags: int) -> Iterator[int]:
 def try_lock(fd: int, kind: int, seconds: float = 0) -> bool:
     """Lock an open file by flock(2); closing the file releases the lock.
 
-    Unlike a lock of fcntl(2), the lock belongs to the open file, so it is
-    independent of other open files in the same process.
+    The lock belongs to the open file, not to the process as with fcntl(2). So
+    another thread, which has opened the file again, does not have the lock.
 
     :param kind: LOCK_EX or LOCK_SH
     :param seconds: seconds to wait
@@ -112,7 +112,7 @@ def read(path: str, max_size: int) -> str:
     """Read a small regular file.
 
     :param max_size: bytes
-    :raises ValueError: if the file is of another kind, or larger
+    :raises ValueError: if it is not a regular file, or is larger
     :raises OSError: if the file does not exist or cannot be read
     """
     return read_stamped(path, max_size)[0]
@@ -121,8 +121,8 @@ def read(path: str, max_size: int) -> str:
 def read_stamped(path: str, max_size: int) -> tuple[str, Stamp]:
     """Read a file as :func:`read`, and return its :func:`stamp` too.
 
-    The function does not use :func:`open_file`, because that would take a
-    quarter of the time of the whole read.
+    The function does not use :func:`open_file`, because a context manager
+    would take a quarter of the time of the whole read.
     """
     try:
         fd = os.open(path, _FLAGS)
@@ -147,9 +147,9 @@ def replace(path: str, text: str) -> None:
     :raises OSError: if the file cannot be written
     """
     directory, name = os.path.split(path)
-    # If a process could not get the lock, several processes may write one
-    # file. Their PIDs may be equal, in different PID namespaces. So the name
-    # of the unfinished file is random.
+    # If processes cannot get the lock, several of them may write one file. In
+    # different PID namespaces, their PIDs may be equal. So the name of the
+    # unfinished file is random, instead of the PID.
     unfinished = os.path.join(directory, '%s%s.%s' % (
         UNFINISHED, os.urandom(8).hex(), name))
     try:
@@ -163,7 +163,8 @@ def replace(path: str, text: str) -> None:
     except OSError as err:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
-        # Name the final path: the random one would make each log line unique.
+        # Report the final path: with the random path, no two log lines would
+        # be equal.
         raise OSError(err.errno, err.strerror, path) from err
 
 

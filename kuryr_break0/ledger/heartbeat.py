@@ -15,15 +15,15 @@ from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
 
-#: Seconds to wait for a process that just tests the agent's lock.
+#: Seconds to wait for another process, which holds the lock to test it.
 _PATIENCE = 0.05
 
 
 class Heartbeat:
     """A file that the agent locks, and writes after each successful sync.
 
-    After a failed sync there is no heartbeat, so that other processes repair
-    the node themselves.
+    After a failed sync, the agent does not write the file. The heartbeat gets
+    old, and other processes then repair the node themselves.
 
     :ivar path: path of the file
     """
@@ -69,8 +69,8 @@ class Heartbeat:
     def state(self, patience: float) -> str:
         """Return the state of the agent: running, stopped or stuck.
 
-        :param patience: seconds without a successful sync after which a
-            running agent is stuck
+        :param patience: age of the heartbeat, in seconds, above which a
+            running agent counts as stuck
         """
         age = self.age()
         if age is None:
@@ -78,7 +78,7 @@ class Heartbeat:
         return 'stuck' if age > patience else 'running'
 
     def age(self) -> Optional[float]:
-        """Return the heartbeat's age in seconds; None without an agent."""
+        """Return the heartbeat's age in seconds; None if no agent runs."""
         with contextlib.suppress(OSError, ValueError), \
                 files.open_file(self.path, os.O_RDONLY) as fd:
             if not files.try_lock(fd, fcntl.LOCK_EX):

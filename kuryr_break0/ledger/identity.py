@@ -46,14 +46,14 @@ class Identity:
     """The identity of a ledger.
 
     :ivar id: 16 hexadecimal digits
-    :ivar secret: input of the MAC addresses of break0, so that no pod can
-        compute these addresses
+    :ivar secret: random text, from which the MAC addresses of the break0
+        devices are computed, so that no pod can compute them
     :ivar boot: id of the boot in which the identity was created
     :ivar devices: names of the break0 devices, by parent
     :ivar macs: MAC address of each break0, by name. A deleted break0 gets the
         same address when it is created again
-    :ivar claimed: for each break0 that was taken over, the id of the lost
-        ledger of this directory that owned it
+    :ivar claimed: ids of lost ledgers of this directory, by the name of the
+        break0 that this ledger has taken over from the lost ledger
     """
 
     id: str = ''
@@ -119,9 +119,10 @@ def ownership(link: Optional[values.Link], own: Optional[Identity],
               directory: str) -> Ownership:
     """Return the relation of an interface to a ledger.
 
-    A ledger is lost if its directory is lost. Two processes can have different
-    directories at the same path. In this case, each of the two ledgers takes
-    over a break0 only once.
+    A ledger is lost if its directory is lost. In different mount namespaces,
+    two ledgers can have the same path, and each can take the other for lost.
+    So that they do not take over a break0 from each other all the time, each
+    ledger takes over a break0 only once.
 
     :param own: the identity of the ledger; None if it was never used
     :param directory: the state directory of the ledger
@@ -139,7 +140,7 @@ def ownership(link: Optional[values.Link], own: Optional[Identity],
 
 
 def read_boot_id() -> str:
-    """Return the id of this boot; empty if the kernel has none."""
+    """Return the id of this boot; an empty text if it cannot be read."""
     try:
         with open('/proc/sys/kernel/random/boot_id') as file:
             return file.read().strip()
@@ -157,6 +158,6 @@ def read(path: str) -> Optional[Identity]:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as err:
-        if err.errno in exceptions.RESOURCE_ERRNOS:  # the file may be fine
+        if err.errno in exceptions.RESOURCE_ERRNOS:  # not damage
             raise exceptions.SystemRefused(reason=err) from err
         raise ValueError(err.strerror or str(err))

@@ -2,10 +2,10 @@
 
 """Counts the operations of all processes of the node, for the metrics.
 
-A worker of kuryr-daemon lives for one request, and the agent may not run. So
+A worker of kuryr-daemon lives for one request, and perhaps no agent runs. So
 each process appends records to a file in the state directory, and the agent
-removes them. To append its record, a bind needs about 10 microseconds. The
-methods of :class:`Journal` raise no error.
+removes the records. A bind takes about 10 microseconds to append its record.
+The methods of :class:`Journal` raise no error.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from kuryr_break0.ledger import files
 
 _F = TypeVar('_F', bound=Callable[..., Any])
 
-#: Operation, count, seconds in all. The page size is a multiple of the size of
+#: Operation, count, total seconds. The page size is a multiple of the size of
 #: a record, so tmpfs writes a record as a whole.
 _RECORD = struct.Struct('<BxxxId')
-#: Maximum bytes of the file; further records are dropped.
+#: Maximum bytes of the file. If the file is full, new records are dropped.
 LIMIT = 64 * 1024
 #: Seconds to wait for the lock. A process holds the lock for microseconds,
 #: unless it is stopped.
@@ -34,7 +34,7 @@ _PATIENCE = 0.01
 
 
 class Done(enum.IntEnum):
-    """An operation, by its number in the file."""
+    """An operation; the value is its number in the file."""
 
     BIND = 1
     BIND_FAILED = 2
@@ -58,7 +58,6 @@ REPAIRS = tuple(each for each in Done if each >= Done.DEVICE)
 class Record(NamedTuple):
     """The counts of an operation.
 
-    :ivar operation: the operation
     :ivar times: number of times that the operation took place
     :ivar seconds: total duration; 0 if not measured
     """
@@ -78,7 +77,7 @@ class Journal:
         self._path = os.path.join(state_dir, 'journal')
 
     def add(self, what: Done, *, times: int = 1, seconds: float = 0) -> None:
-        """Append a record; an error loses it, which is harmless."""
+        """Append a record; drop the record if there is an error."""
         with contextlib.suppress(OSError), files.open_file(
                 self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as fd:
             if files.try_lock(fd, fcntl.LOCK_SH, _PATIENCE) and (

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The lock of a ledger, for all processes and threads that use it.
+"""The lock of a ledger, for all processes and threads that use the ledger.
 
-The lock is a lock on a file, which the kernel releases when the holder dies.
-The functions raise OSError if the file cannot be opened.
+The lock is a lock on a file (flock(2)). When the holder dies, the kernel
+releases the lock. The functions raise OSError if the file cannot be opened.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Iterator
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import files
 
-#: Seconds between the first two attempts, and maximum seconds between any two.
-#: The lock is held for half a millisecond. More frequent attempts would take
-#: processor time from the holder.
+#: Seconds between the first two attempts, and maximum seconds between any two
+#: attempts. A bind holds the lock for half a millisecond. More frequent
+#: attempts would take processor time from the holder.
 _PAUSE, _MAX_PAUSE = 0.01, 0.05
 
 

@@ -5,8 +5,8 @@
 A program reads the configuration when it starts, and the agent also when it is
 reloaded. If a file is changed later, the program still works with the old
 options. The next pod may then fail, although each command shows the new
-options. Environment variables are not compared, because they differ between
-programs on purpose.
+options. The module does not compare environment variables, because they may
+differ between programs on purpose.
 """
 
 from __future__ import annotations
@@ -85,9 +85,11 @@ def list_differences(ledger: Ledger) -> Iterator[tuple[str, str, str]]:
             continue
         version = installed_version()
         if reader.version != version:
-            yield program, 'version', '%s runs version %s, and this is %s' % (
-                program, reader.version or 'unknown', version or 'unknown')
-        # The container of this process may not have the files.
+            yield program, 'version', (
+                '%s runs version %s, but version %s is installed' % (
+                    program, reader.version or 'unknown',
+                    version or 'unknown'))
+        # If this process is in a container, it may not have the files.
         if all(map(os.path.exists, reader.files)) and (
                 _digest(reader.files) != reader.digest):
             yield program, 'options', (

@@ -3,7 +3,8 @@
 """The owners of addresses: one small file for each address.
 
 A file contains the claims of all sandboxes on the address, the newest first.
-rename(2) replaces the file, so it is complete even if its writer is killed.
+rename(2) replaces the file, so the file is complete even if its writer is
+killed.
 
 The methods raise LedgerUnavailable if a file cannot be read or written.
 """
@@ -34,7 +35,7 @@ _Namer = Callable[[str, Optional[int]], str]
 
 VERSION = 2
 SUFFIX = '.json'
-_MAX_SIZE = 2 ** 16  # bytes; a record usually has a hundredth of this
+_MAX_SIZE = 2 ** 16  # bytes; a usual record has a hundredth of this size
 #: Maximum claims of an address, and maximum networks and sibling MAC addresses
 #: of a claim.
 MAX_CLAIMS = 8
@@ -78,8 +79,8 @@ def from_json(text: str) -> tuple[model.Record, ...]:
         fields = json.loads(text)
         version = fields['version']
         if isinstance(version, int) and version > VERSION:
-            raise NewerVersion('its format is version %d, which is newer '
-                               'than this program' % version)
+            raise NewerVersion('its format is version %d, but this program '
+                               'reads only version %d' % (version, VERSION))
         if version != VERSION:
             raise ValueError('its format is version %r' % version)
         address = model.address_from_text(_text(fields['address']))
@@ -107,7 +108,7 @@ def _claim(address: model.IPAddress, fields: dict[str, Any]) -> model.Record:
         _optional(_text, fields['pod']),
         _optional(_text, fields['configured']), _seconds(fields['bound_at']),
         tuple(map(_mac, fields.get('siblings', ()))),
-        # An origin that only a later version defines counts as unknown (None).
+        # If only a later version defines the origin, the origin is unknown.
         _ORIGINS.get(fields.get('origin')),
         _optional(_text, fields.get('network')), index,
         _optional(_tap, fields.get('tap')))
@@ -142,13 +143,13 @@ def _seconds(value: Any) -> float:
 
 def _mac(value: Any) -> str:
     if not isinstance(value, str) or not model.MAC.fullmatch(value):
-        raise ValueError('%r is no MAC address' % (value,))
+        raise ValueError('%r is not a MAC address' % (value,))
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not model.NAME.fullmatch(value):
-        raise ValueError('%r is no text of one line' % (value,))
+        raise ValueError('%r is not a text of one line' % (value,))
     return value
 
 
@@ -162,15 +163,15 @@ class Records:
     def __init__(self, directory: str, quarantine: str) -> None:
         self.directory = directory
         self.quarantine = quarantine
-        #: claims by address, with the stamp of the file when it was read
+        #: by address, the stamp of the file that was read, and its claims
         self.parsed_files: dict[model.IPAddress, tuple[
             Optional[files.Stamp], tuple[model.Record, ...]]] = {}
 
     def claims(self, address: model.IPAddress) -> tuple[model.Record, ...]:
         """Return the claims on an address, the newest first.
 
-        A damaged record is moved to quarantine, with a warning, and counts as
-        missing.
+        If the record is damaged, this method moves the file to quarantine,
+        logs a warning, and returns no claims.
 
         :raises RecordNewer: if a later version has written the record
         """
@@ -194,10 +195,10 @@ class Records:
                       **fields: Any) -> tuple[model.Record, ...]:
         """Change fields of the newest claim on an address.
 
-        If the claim has changed since the caller read it, this method changes
+        If the newest claim is no longer ``expected``, this method changes
         nothing. The caller must hold the lock of the ledger.
 
-        :param expected: the claim, as the caller read it
+        :param expected: the newest claim when the caller read the record
         :returns: the claims on the address before the change
         :raises LedgerUnavailable: if the record cannot be read or written
         """
@@ -210,11 +211,13 @@ class Records:
                         ) -> Iterator[tuple[model.Record, ...]]:
         """Find the records in which a string begins with one of the texts.
 
-        Only matching files are parsed, because parsing takes ten times as long
-        as reading. Unreadable records are skipped, unless this process lacks
-        descriptors or memory.
+        This method parses only files that contain such a string, because
+        parsing takes ten times as long as reading. It skips unreadable
+        records, unless this process lacks descriptors or memory.
 
         :param texts: for example, a container id
+        :raises LedgerUnavailable: if the directory cannot be read, or this
+            process lacks descriptors or memory
         """
         quoted = [json.dumps(text)[:-1] for text in texts]
         for name in self.names(self.directory):
@@ -242,9 +245,10 @@ class Records:
     def parse(self, address: model.IPAddress,
               current_name: Optional[_Namer] = None
               ) -> tuple[model.Record, ...]:
-        """Return the claims of a file; parse it only if it was replaced.
+        """Return the claims of a file; parse the file only if it is new.
 
-        Comparing the stamp of the file takes a tenth of the time of parsing.
+        The file is new if its stamp differs from the stamp at the last parse.
+        To compare the stamps takes a tenth of the time of parsing.
         The present name of the parent replaces the recorded name.
 
         :param current_name: function to call instead of
@@ -293,7 +297,8 @@ class Records:
         This method takes a third of the time of :meth:`claims`, because it
         parses no addresses and networks.
 
-        :returns: False also if the address has no record
+        :returns: False if the address has no record; True if the record is
+            damaged
         """
         try:
             fields = json.loads(files.read(self.path(address), _MAX_SIZE))
@@ -313,17 +318,18 @@ class Records:
                       key=model.address_order)
 
     def count(self) -> int:
-        """Count the records, in a tenth of the time of listing them."""
+        """Count the records, in a tenth of the time of :meth:`addresses`."""
         return len(self.names(self.directory))
 
     def list_part(self, position: int,
                   most: int) -> tuple[list[model.IPAddress], int]:
         """List a part of the addresses with a record, and count all of them.
 
-        The order of the addresses is stable. After the last address, the part
-        continues with the first address.
+        The addresses are in the order of their file names. If the part reaches
+        the last address, it continues with the first address.
 
-        :param position: position of the first address to list
+        :param position: position of the first address to list, modulo the
+            number of addresses
         :param most: maximum addresses to list
         """
         names = sorted(self.names(self.directory))
@@ -384,8 +390,8 @@ class Records:
 def address_of(name: str) -> model.IPAddress:
     """Return the address in the name of a record's file.
 
-    :raises ValueError: if the name contains no address, or an address in
-        another notation
+    :raises ValueError: if the name contains no address, or an address that is
+        not in the notation of :mod:`ipaddress`
     """
     address = model.address_from_text(name[:-len(SUFFIX)])
     if str(address) + SUFFIX != name or getattr(address, 'scope_id', None):

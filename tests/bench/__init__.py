@@ -7,7 +7,7 @@ root of the machine: run them by ``tools/in-root-lab``. Progress goes to
 stderr, tables to stdout. A missed target is printed but is not a failure,
 since the machine may be busy. A wrong effect of a measured operation is a
 failure.
-Each section is a module with a function of the type :data:`Measure`.
+Each section is a function of the type :data:`Measure`.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def keep() -> None:
     gc.freeze()
 
 
-#: ms of each turn
+#: Times in ms, one for each turn
 Times = list[float]
 #: Measures one section on a fresh node, with a number of repetitions.
 Measure = Callable[[Node, int], Section]
@@ -235,7 +235,7 @@ def timed(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-#: The unit of targets for the kernel's share
+#: The unit of targets for work that mainly the kernel does; see unit()
 UNIT = 'ip processes'
 #: The unit of targets for Python code: the time of pyroute2 for one route.
 #: Between machines, the ratio of Python to ip(8) differs by a factor of two,
@@ -249,7 +249,7 @@ def unit(node: Node, of: Callable[[list[float]], float] = statistics.median,
 
     Each measurement runs two processes of ``ip``.
 
-    :param of: reduces the measurements to one number
+    :param of: function that reduces the measurements to one number
     :param count: number of measurements
     """
     route = ('192.0.2.99', 'dev', node.options.device, 'proto', '99')
@@ -302,9 +302,10 @@ def at_most(name: str, taken: float, of: float, limit: float,
 
 def at_most_in_turns(name: str, taken: Times, of: Times, limit: float,
                      what: str = '', count: int = 1) -> Target:
-    """Return a target as the median of the quotients of each turn.
+    """Return a target for the ratio of two times of the same turn.
 
-    The machine's speed may change from turn to turn.
+    The target compares the median of the ratios of all turns, because the
+    machine's speed may change from turn to turn.
 
     :param count: the number of pods by which the measured time is divided
     """
@@ -318,7 +319,7 @@ def at_most_in_turns(name: str, taken: Times, of: Times, limit: float,
 def blamed(name: str) -> Iterator[None]:
     """Prefix an error of the block with a name.
 
-    :raises Broken: in place of any exception
+    :raises Broken: if the block raises any exception
     """
     try:
         yield

@@ -40,10 +40,10 @@ SECTIONS: dict[str, bench.Measure] = {
     'scale': scale.scale,
     'bursts': binding.bursts, 'cni': cni.adds,
     'found': found.found, 'sandboxes': sandboxes.sandboxes}
-#: Modules with numbers of pods, which --small divides by ten
+#: Modules whose SIZES --small divides by ten
 SIZED: tuple[Any, ...] = (binding, bulk, found, hops, own, pods,
                           scale)
-#: The section that runs only if it is named, and alone; see --hours.
+#: The section that runs only if the user names it, and without other sections.
 SOAK = 'soak'
 
 

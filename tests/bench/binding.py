@@ -343,7 +343,7 @@ def singles(node: kuryr.Node, way: str, stock: str, count: int
             ) -> list[tuple[float, float]]:
     """Return the durations of ADD and DEL of each of ``count`` pods, in ms.
 
-    :param stock: an environment of Python without break0
+    :param stock: bin directory of an environment without kuryr-break0
     """
     with _daemon(node, way, stock):
         return [_single(node, 'pod-%d' % number)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Compares a sync of many pods with other ways to set the same entries."""
+"""Compares a sync of many pods with ``ip -batch`` for the same entries."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.support import program
 PLUGINS = '/usr/lib/cni'
 SHIM = pathlib.Path(__file__).parents[2] / 'build/cni/break0'
 CONF = '/run/bench.conf'
-#: tuning as it is usually chained, with one sysctl
+#: Configuration of the plugin tuning, which sets one sysctl
 TUNING = {'type': 'tuning', 'sysctl': {'net.ipv4.conf.eth0.arp_notify': '1'}}
 MACVLAN = {'type': 'macvlan', 'master': 'eth0', 'ipam': {
     'type': 'host-local', 'dataDir': '/run/ipam', 'ranges': [
@@ -32,7 +32,7 @@ MACVLAN = {'type': 'macvlan', 'master': 'eth0', 'ipam': {
 OURS = 'break0, by shim and agent'
 SCRIPT = 'break0, in one process'
 NAMES = ('macvlan with host-local', 'tuning', OURS, SCRIPT)
-MOST = 2.5  # times tuning
+MOST = 2.5  # largest allowed ratio to tuning
 
 
 def adds(node: Node, repeat: int) -> Section:

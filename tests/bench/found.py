@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Measures the time from a container's start until discovery binds it."""
+"""Measures the time from a container's address to its route by discovery."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support import program
 
 CONF = '/run/found.conf'
 ADDRESS = ipaddress.ip_address('100.75.30.61')
-#: Idle namespaces, and macvlans of the noisy container
+#: The numbers of idle namespaces, and of the noisy container's macvlans
 SIZES = (3000, 1500)
 #: Addresses of each of these macvlans
 ADDRESSES = 8
@@ -120,7 +120,11 @@ def _named(node: Node) -> End:
 
 
 def _unnamed(node: Node, is_moved: bool) -> End:
-    """Start a container in an unnamed namespace, like LXC or nspawn."""
+    """Start a container in an unnamed namespace, like LXC or nspawn.
+
+    :param is_moved: True creates the macvlan on the node, and moves it to the
+        namespace; False creates it in the namespace
+    """
     process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
 
     def end() -> None:
@@ -199,7 +203,10 @@ def found(node: Node, repeat: int) -> Section:
 
 
 def _bound(node: Node, start: Callable[[Node], End]) -> float:
-    """Return the ms from the start of a container until its route exists."""
+    """Start a container, and return the ms until its route exists.
+
+    The time begins when the command that adds the address has ended.
+    """
     end = start(node)
     try:
         taken = _until_routed(node, True)

@@ -113,7 +113,8 @@ def gaps(node: Node, repeat: int) -> Section:
             [program.BREAK0, 'agent'],
             env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        # An agent that has repaired another pod's route has started.
+        # When the agent has repaired the route of another pod, its start is
+        # complete.
         node.lab.run('ip', 'route', 'del', str(bench.FIRST_OTHER), 'dev',
                      node.options.device)
         lab.until(lambda: str(bench.FIRST_OTHER) in node.lab.routes())

@@ -42,8 +42,9 @@ def repairs(node: Node, repeat: int) -> Section:
         agent.wait()
     median = statistics.median(times)
     name = 'break0 deleted with %d pods' % PODS
-    # The agent imports pyroute2 when it first creates break0: the module takes
-    # 10 MiB of memory, and most agents never need it.
+    # The first repair takes longer. The agent imports pyroute2 only when it
+    # first creates break0, because pyroute2 takes 10 MiB of memory, and most
+    # agents never create break0.
     return Section(
         name + ', until all is restored and a pod and the node hear each '
         'other, ms', ['times', 'first', 'fastest', 'median', 'slowest other'],

@@ -3,8 +3,9 @@
 """A soak test of 50 containers and their node beside a hostile container.
 
 The hostile container creates namespaces, macvlans, addresses and connections
-as fast as it can. Meanwhile the node and the containers, bound by Kuryr, CNI
-and discovery, ping each other, and further containers start and end.
+as fast as it can. Kuryr, CNI and discovery bind the other containers.
+Meanwhile the node pings these containers, they ping the node, and further
+containers start and end.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from tests.bench import soak
 from tests.support import kuryr
 from tests.support import lab
 
-#: Monitored containers, by way: Kuryr, CNI, discovery
+#: Numbers of monitored containers, by way: Kuryr, CNI, discovery
 CONTAINERS = (17, 17, 16)
 #: Seconds between two pings in one direction, and the longest allowed time
 #: until the answer
 INTERVAL, LIMIT = 0.25, 1.0
 #: Seconds between the starts of two visiting containers
 VISITS = 5.0
-#: Seconds for the containers' first pings
+#: Seconds of pings before and after the hostile container runs
 SETTLED = 5.0
 HOSTILE = '100.75.30.120'
 PORT = 9999

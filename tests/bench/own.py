@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Measures break0's share of a pod's time, and how long it holds the lock."""
+"""Measures the time of bind and unbind, and of each hold of the lock."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PAIRS = 20
 
 
 def calls(node: Node, repeat: int) -> Section:
-    """Measure bind and unbind, with ledger and neighbours on both sides."""
+    """Measure bind and unbind with ledger, node's side and pod's side."""
     say('bind and unbind')
     repeat = max(repeat, 5)
     node.track()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws the times that a pod waits, without and with break0."""
+"""Draws the times to connect and to start a pod, with and without break0."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ BIN = '/run/cni-bin'
 BREAK0 = 'break0'
 DAEMONS = (binding.STOCK, BREAK0)
 ALONE = 'containerd alone, no network'
-#: Seconds from the call until the controller creates the KuryrPort
+#: Seconds from the call until the creation of a late KuryrPort
 LATER = 0.3
 MOST_MS = 250
 #: With the tests' timeout of 20 seconds, the daemon sometimes misses events.

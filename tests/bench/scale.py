@@ -27,7 +27,7 @@ MOST = 128 * MIB
 
 
 def scale(node: Node, repeat: int) -> Section:
-    """Measure the time of ``status``, and the agent's memory over syncs."""
+    """Measure ``status``, and the memory of an agent with frequent syncs."""
     status: dict[int, float] = {}
     memory: dict[int, int] = {}
     environ = {**os.environ, 'OS_BREAK0__METRICS_BIND': '',

@@ -2,9 +2,9 @@
 
 """A soak test of hours: pods by Kuryr, CNI and discovery, kills and faults.
 
-Each minute has three parts: churn with faults, churn without faults, in which
-no request may fail, and a pause, in which the invariants are checked. The logs
-are in build/soak.
+Each minute, containers start and end for 36 seconds with faults, and then for
+10 seconds without faults, in which no request may fail. After each part, the
+test pauses, and checks the invariants. The logs are in build/soak.
 """
 
 from __future__ import annotations
@@ -47,20 +47,22 @@ STATE = '/run/kuryr-break0'
 CONF = '/run/break0.conf'
 SUBNETS = ['%s/%d' % (lab.LAN, lab.PREFIX), lab.LAN6 + '/64']
 NETWORK = cni.network()
-#: Sandboxes by each way. The first sandbox of each way stays, to measure how
-#: long faults interrupt its traffic.
+#: Number of sandboxes by each way. The first sandbox of each way stays, to
+#: measure how long faults interrupt its traffic.
 SANDBOXES = 8
 #: Seconds of churn with faults, of churn without faults, and until the
 #: invariants must hold
 FAULTS, CALM, ORDER = 36, 10, 60
-#: Seconds after which an operator deletes unclaimed entries of a lost ledger
+#: Seconds after which the test, like an operator, deletes unclaimed entries
+#: that a lost ledger has left
 DOUBT = 10
 #: Faults of the first minutes of each cycle. After them, agent and daemon live
 #: until the end of the cycle, and must not grow in memory and open files.
 KILLS = ('agent killed', 'agent restarted', 'daemon killed')
 CYCLE, WITH_KILLS = 15, 3
 MORE_MEMORY, MORE_FILES = 16, 12
-#: Module by which Kuryr's workers read pods from another process of the daemon
+#: The module of Python by which a worker of kuryr-daemon reads the registry of
+#: pods, which is in another process
 REGISTRY = 'multiprocessing/managers.py'
 MIB = 2 ** 20
 
@@ -463,9 +465,8 @@ class Soak:
         agent, daemon = LOGS / 'agent.log', pathlib.Path(self.node.log)
         for text, of in ((agent.read_text(errors='replace'), ''),
                          (self.node.errors(), 'kuryr_break0')):
-            # A request fails if the registry of pods was killed with the
-            # daemon: the traceback contains kuryr_break0, but the error is
-            # Kuryr's.
+            # If the registry of pods was killed with the daemon, a request
+            # fails by an error of Kuryr. Its traceback contains kuryr_break0.
             for each in text.split('Traceback')[1:]:
                 if of in each and not (of and REGISTRY in each):
                     self.note('a traceback: ' + each[:3000])

@@ -24,7 +24,7 @@ from tests.support import kuryr
 from tests.support import lab
 
 BIN = os.path.dirname(sys.executable)
-#: Kuryr's nested-macvlan driver, with its faults fixed.
+#: kuryr-break0's pod_vif_driver, a replacement of Kuryr's nested-macvlan.
 DRIVER = 'nested-macvlan-break0'
 IMAGE = 'cluster/box:1'
 
@@ -255,7 +255,10 @@ def addresses(pod: dict[str, Any]) -> set[str]:
 
 
 def _at_once(*calls: Callable[[], None]) -> None:
-    """Call functions in threads; raise the first function's error."""
+    """Call functions in threads, and wait for all of them.
+
+    :raises Exception: the error of the first argument that failed
+    """
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
         for each in [pool.submit(call) for call in calls]:
             each.result()

@@ -1,7 +1,9 @@
-# kuryr/cni by the steps of Kuryr's cni.Dockerfile, on Debian in place of CentOS
-# and RDO. The context has the sources of kuryr-kubernetes as "kuryr",
-# constraints.txt of this project, the plugin kuryr-cni that is built of the
-# sources, and in "machine" how pip and apt of this machine use the network.
+# Build the image kuryr/cni by the steps of Kuryr's cni.Dockerfile, on Debian in
+# place of CentOS and RDO. The build context contains:
+#   kuryr            the sources of kuryr-kubernetes
+#   constraints.txt  the constraints of this project
+#   kuryr-cni        the CNI plugin, built from Kuryr's sources
+#   machine          the network settings of pip and apt on this machine
 FROM debian:bookworm
 ARG OSLO_LOCK_PATH=/var/kuryr-lock
 ARG VIRTUAL_ENV=/opt/venv

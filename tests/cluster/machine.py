@@ -132,7 +132,7 @@ class Program:
         self.start()
 
     def forget(self) -> None:
-        """Record that the machine has ended, and the program with it."""
+        """Reap the process after the machine has ended."""
         if self._process is not None:
             self._process.wait()
             self._process = None
@@ -171,8 +171,8 @@ class Machine:
 
     def boot(self) -> None:
         """Create the namespaces, and start no program."""
-        # The process stays in this session, and so ends with the lab's first
-        # process.
+        # When the first process of the lab ends, the kernel kills this
+        # process, because it is in the lab's process namespace.
         with open(os.path.join(self.logs, self.name + '.log'), 'ab') as log:
             self._init = subprocess.Popen(
                 ['unshare', *self._spaces, '--fork', '--kill-child',

@@ -89,7 +89,7 @@ class Node:
             '--make-iptables-util-chains=false',
             '--authentication-token-webhook=true', '--sync-frequency=5s',
             '--node-status-update-frequency=2s',
-            # The limit is above the number of addresses in the cluster.
+            # The subnet has fewer addresses, so no node reaches this limit.
             '--max-pods=200', '--kube-api-qps=50', '--kube-api-burst=100',
             '--feature-gates=IPv6DualStack=true', '--registry-qps=0',
             '--event-qps=50'],
@@ -211,7 +211,7 @@ class Node:
 
     @staticmethod
     def _lan(*command: str) -> None:
-        """Run a command on the machines' LAN."""
+        """Run a command in the namespace of the LAN."""
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True,
                               stderr=subprocess.STDOUT)
         assert not done.returncode, (command, done.stdout)

@@ -232,9 +232,10 @@ class TestDaemonSet(base.ClusterTestCase):
                     and 'deletionTimestamp' not in each['metadata'])
 
     def until_rolled_out(self) -> None:
-        """Wait until each node has a ready pod of the template, and no other.
+        """Wait until each node has one pod, which is ready and up to date.
 
-        kubectl does not wait for a busy node while this node is not ready.
+        If a busy node is not ready, ``kubectl rollout status`` ends without
+        waiting for its pod.
         """
         def is_rolled_out() -> bool:
             pods = self.pods_of_kuryr()
@@ -295,10 +296,12 @@ class TestDaemonSet(base.ClusterTestCase):
                                          self.first.name))
 
     def tearDown(self) -> None:
-        """Leave the pods to the cleanups, which first start our driver.
+        """Skip the checks of the base class, because break0 is removed here.
 
-        kubelet repeats a DEL without CNI_NETNS. Stock Kuryr would then delete
-        eth0 of the node, which is no physical NIC here.
+        The cleanups start kuryr-daemon with break0, and then delete the pods.
+        Do not delete them earlier: kubelet repeats a DEL without CNI_NETNS,
+        and stock Kuryr would then delete eth0 of the node. The kernel cannot
+        delete a physical NIC, but this eth0 is a veth.
         """
 
     def check_health(self) -> None:

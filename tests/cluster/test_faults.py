@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Faults of a node below its pods: break0, its guard, and the node itself."""
+"""Faults of break0 and of its guard, a reboot of a node, and adoption."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TestAdopt(base.ClusterTestCase):
             self.addCleanup(node.install_break0)
             node.remove_break0(self.cluster.stock)
         spec = clusters.template('old')['spec']['containers'][0]
-        # The kubelet would kill unreachable containers with probes.
+        # kubelet would kill unreachable containers that have probes.
         spec = {key: value for key, value in spec.items()
                 if not key.endswith('Probe')}
         pods = self.deploy('old', 6, containers=[spec])

@@ -59,6 +59,6 @@ class TestStaleOptions(DaemonTestCase):
         facts = used.cache.get(key)
         assert facts is not None
         used.cache.put(key, ['0.9', *facts[1:]])
-        self.assertIn('kuryr-daemon runs version 0.9, and this is %s'
+        self.assertIn('kuryr-daemon runs version 0.9, but version %s is'
                       % readers.installed_version(),
                       self.findings()['version-differs']['seen'])

@@ -191,7 +191,8 @@ runtime = "crun"
                         check=False)
 
     def run(self, name: str, *options: str) -> None:
-        # Later releases do not give containers the capability for ping.
+        # ping needs CAP_NET_RAW. Later releases of Podman do not grant it by
+        # default.
         super().run(name, '--replace', '--cap-add', 'NET_RAW', *options)
 
 

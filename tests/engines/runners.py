@@ -124,8 +124,8 @@ class LXC(Runner):
 
     def __init__(self, test: base.EngineTestCase) -> None:
         super().__init__(test)
-        # Mount cgroup2 without the version 1 hierarchies, like a current
-        # host. With a read-only /sys, nspawn assumes that no udev runs.
+        # Like a current host, mount cgroup2 without hierarchies of version 1.
+        # If /sys is read-only, nspawn assumes that no udev runs.
         for kind, path in (('sysfs', '/sys'), ('cgroup2', '/sys/fs/cgroup')):
             test.lab.run('mount', '-t', kind, *(
                 ('-o', 'ro') if kind == 'sysfs' else ()), kind, path)
@@ -194,7 +194,8 @@ lxc.net.0.ipv6.address = %s/64
 class Nspawn(LXC):
 
     ifname = 'mv-eth0'
-    #: Enters a control group, like a unit of systemd
+    #: Shell script that enters the control group $1, like a unit of systemd,
+    #: and runs a command
     _IN_UNIT = 'mkdir -p "$1"; echo $$ >"$1/cgroup.procs"; shift; exec "$@"'
     _INIT = '''ip link set mv-eth0 address %s
         until ip link set mv-eth0 up; do sleep 0.05; done

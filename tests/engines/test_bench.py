@@ -18,9 +18,9 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
     'golang-go and the sources of Kuryr: '
     'tools/kuryr-sources .venv/kuryr-sources')
 class TestBench(unittest.TestCase):
-    """The section "sandboxes", which needs root of the machine, works.
+    """Test the benchmark's section "sandboxes", which needs root.
 
-    tests.functional.test_bench has the other sections.
+    tests.functional.test_bench tests the other sections.
     """
 
     def test_each_way_does_what_it_says(self) -> None:

@@ -63,8 +63,9 @@ class TestDocker(DiscoveryTestCase):
         for name in ('eth1', 'nic1'):
             self.lab.run('ip', 'link', 'set', name, 'up')
         self.lab.run('ip', 'address', 'add', '10.9.0.1/24', 'dev', 'eth1')
-        # An address of lo has precedence over all others, so break0 gets an
-        # address of its own.
+        # On an interface without addresses, the kernel prefers an address of
+        # lo as source (inet_select_addr). MASQUERADE would use this address,
+        # so break0 gets an address in 169.254.0.0/16.
         self.lab.run('ip', 'address', 'add', '10.255.0.51/32', 'dev', 'lo')
         self.docker('network', 'create', '--driver', 'macvlan', '--subnet',
                     '10.9.0.0/24', '--ip-range', '10.9.0.128/25', '--opt',
@@ -78,8 +79,8 @@ class TestDocker(DiscoveryTestCase):
         self.assertTrue(self.docker.inside('web')(
             'ping', '-c', '1', '-W', '1', '10.9.0.1'))
         self.assertEqual('eth1', self.routed()[address])
-        # Records of both interfaces have the container's name, and so do
-        # the metrics.
+        # The records of both interfaces have the container's name, and status
+        # prints it.
         self.until(lambda: {record.pod for record
                             in self.snapshot().live.values()} == {'web'})
         shown = self.lab.run(program.BREAK0, '--config-file', base.CONF,

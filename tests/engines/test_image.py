@@ -20,7 +20,8 @@ from tests.support import lab
 
 COMPOSE = pathlib.Path(__file__).parents[2] / 'etc/docker/compose.yaml'
 ARCHIVE = os.path.join(cluster_image.DIRECTORY, image.ARCHIVE)
-#: Keys of the service that only "docker compose build" and "up" use.
+#: Keys of the service that arguments() does not translate. The tests run the
+#: command and the health check themselves.
 _IGNORED = {'build', 'image', 'command', 'restart', 'healthcheck'}
 
 

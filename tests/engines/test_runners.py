@@ -31,8 +31,8 @@ class TestRunners(discovery_base.DiscoveryTestCase):
     def until_bound_by(self, runner: runners.Runner, *numbers: int) -> None:
         """Wait until these containers, and no others, are bound.
 
-        Docker and other engines rename an interface, possibly after they add
-        addresses: no record may keep the first name.
+        Docker and other engines may rename an interface after they have added
+        addresses. Each record must have the new name.
         """
         self.until(lambda: {
             (str(record.address), record.owner.ifname)

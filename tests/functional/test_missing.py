@@ -281,5 +281,5 @@ class TestAgent(discovery_base.DiscoveryTestCase):
         # When the pod lost its last address, the kernel deleted the pod's
         # neighbour for the node.
         lab.until(lambda: not self.problems(), self.log)
-        self.assertIn('%s is not bound for %s any more' % (
+        self.assertIn('Unbound %s for %s: ' % (
             discovery_base.ONE, OWNER), self.log())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``make kernels``: runs the kernel-dependent tests under other kernels.
+"""``make kernels``: run the kernel-dependent tests under other kernels.
 
-Prints a table of all results so far: passed, failed, and skipped because the
+Print a table of all results so far: passed, failed, and skipped because the
 kernel lacks a feature. The results are in build/kernels.
 ``make kernels-table`` writes the documentation's table from them.
 """
@@ -42,7 +42,8 @@ NAMES = {**SUITES, 'core-kuryr': 'Core of CI: Kuryr, end to end',
          'core': 'Core of CI: others'}
 TABLE = pathlib.Path('doc/source/install/kernels.inc')
 RESULTS = pathlib.Path('build/kernels')
-#: Files of this folder and of Python's library that no suite reads
+#: Paths to exclude from the images of this folder and of Python's library,
+#: because no suite reads them
 UNNEEDED = ('.git', '.stestr', 'doc/build', '.venv/without-kuryr',
             '.venv/kuryr-sources', 'site-packages', 'test')
 
@@ -75,7 +76,7 @@ def main() -> int:
         kernels = list(map(machine.Kernel, args.kernel or machine.SUITES))
         for kernel in kernels:
             kernel.prepare()
-        # Python's library has many small files, which 9p shares slowly.
+        # A 9p share of many small files is slow, so pack both folders.
         with machine.packed([os.getcwd(), os.path.realpath(
                 os.path.dirname(os.__file__))], UNNEEDED) as folders:
             for kernel in kernels:

@@ -24,7 +24,7 @@ import tempfile
 import time
 from typing import Iterable, Iterator, Mapping, Optional
 
-#: Debian releases by kernel version. Unstable ("sid") gets newer kernels.
+#: Debian releases by kernel version. The kernel of unstable ("sid") changes.
 SUITES = {'5.10': 'bullseye', '6.1': 'bookworm', '6.12': 'trixie',
           '7': 'sid'}
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '/var/tmp',
@@ -38,9 +38,9 @@ _PATH = os.environ['PATH'] + ':/usr/sbin:/sbin'
 _FIRST = ('virtio_pci', 'virtio_blk', '9pnet_virtio', '9p', 'overlay',
           'squashfs')
 _MEMORY = 6000  # MiB
-#: All features of the processor except fast string copies, access checks of
-#: the kernel mode, five levels of page tables, and process-context
-#: identifiers, which are slow in emulation
+#: All features of the processor, without features that are slow in emulation:
+#: fast string copies (erms, fsrm), access checks in kernel mode (smap, smep),
+#: five levels of page tables (la57), and process-context identifiers (pcid)
 _PROCESSOR = 'max,-erms,-fsrm,-smap,-smep,-la57,-pcid'
 #: Two NICs on one hub, which has no link to this machine
 _NICS = [each for number in ('0', '1') for each in (
@@ -102,11 +102,11 @@ sleep 60
 
 
 class Unusable(Exception):
-    """The machine cannot be started; the text has the reason and a remedy."""
+    """The virtual machine cannot be started; the text has the reason."""
 
 
 def missing() -> list[str]:
-    """Return the Debian packages that are missing."""
+    """Return the missing Debian packages of :data:`PROGRAMS`."""
     return sorted(package for program, package in PROGRAMS.items()
                   if shutil.which(program, path=_PATH) is None)
 

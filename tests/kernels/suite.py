@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Runs modules of tests, and records the result of each test.
+"""Run modules of tests, and record the result of each test.
 
-Each module runs in a process of its own, in a lab. The lab has namespaces of
-its own ("own"), or runs in the first process namespace as root of the machine
-("first"). Each test's result is printed when the test ends.
+Each module runs in a process and a lab of its own. With "own", the lab has a
+process namespace of its own. With "first", the lab runs in the first process
+namespace, as root of the machine. Each test's result is printed when the test
+ends.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 """A DHCP server on the LAN, and a client, both from busybox.
 
-busybox sets no groups, as the lab's user namespace requires.
+Other DHCP programs call setgroups(2), which the lab's user namespace forbids.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The files of the monitoring."""
+"""Paths of the alert rules, their tests, the dashboard and their page."""
 
 from __future__ import annotations
 

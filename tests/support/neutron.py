@@ -22,7 +22,7 @@ CIDR = '100.75.30.0/24'
 
 
 class Request(NamedTuple):
-    """A request; a test decides by the fields whether the request fails."""
+    """A request. Functions of a test read it, and may let it fail."""
 
     method: str
     path: str

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Start kuryr-break0 and kuryr-daemon without their imports.
+"""Start kuryr-break0 and kuryr-daemon from processes with their modules.
 
 A start of Python imports hundreds of modules, which took most of the processor
 time of the tests. A server of each program imports the modules once, and forks
@@ -223,8 +223,8 @@ def _imported(program: str) -> Callable[[], Any]:
         from kuryr_kubernetes.cmd import daemon
         import setproctitle
 
-        # The first call finds the memory of the process title by means of the
-        # environment at the start. The server replaces the environment later.
+        # Make the first call now: it finds the memory of the process title by
+        # the environment, which the server replaces later.
         setproctitle.getproctitle()
         return daemon.start  # type: ignore[no-any-return]
     import kuryr_break0
@@ -239,11 +239,11 @@ def _imported(program: str) -> Callable[[], Any]:
 
 def _serve(program: str, path: str) -> None:
     parent = os.getppid()
-    # Python itself sets this entry when it starts the program.
+    # If Python starts a program, the first entry is the program's directory.
     sys.path[0] = os.path.dirname(program)
     main = _imported(program)
-    # Frozen objects are not collected, so the forked processes do not copy
-    # their pages.
+    # Exclude all objects from garbage collection: a collection writes to each
+    # object, so the forked processes would copy all pages.
     gc.collect()
     gc.freeze()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:

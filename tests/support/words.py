@@ -46,7 +46,10 @@ class Count(NamedTuple):
 
 
 def count(text: str) -> Count:
-    """Count the phrases of a text that begins with a sentence."""
+    """Count the words and the unclear phrases of a text.
+
+    :param text: one or more sentences; the first word begins a sentence
+    """
     return Count(len(WORD.findall(text)), len(HIDDEN.findall(text)),
                  len(ODD.findall(text)))
 

@@ -384,7 +384,8 @@ class TestRecords(LedgerTestCase):
         self.records.put([RECORD])
         newer = '{"version": 3, "address": "100.75.30.71", "more": []}'
         self.write(newer)
-        with self.assertRaisesRegex(exceptions.LedgerUnavailable, 'newer'):
+        with self.assertRaisesRegex(exceptions.LedgerUnavailable,
+                                    'later version'):
             self.records.get(ADDRESS)
         self.assertEqual(({}, {ADDRESS}), self.read())
         with open(self.file()) as file:
@@ -428,7 +429,7 @@ class TestDirectory(LedgerTestCase):
         for refused in self.ledger.prepare, self.ledger.lock().__enter__:
             with self.assertRaisesRegex(
                     exceptions.LedgerUnavailable,
-                    'has no records, but the foreign file others'):
+                    'has no records, but a file of another program: others'):
                 refused()
         self.assertEqual(0o755, stat.S_IMODE(os.stat(self.path).st_mode))
         self.assertEqual({'others', 'x.json'}, {*os.listdir(self.path)})
