@@ -75,7 +75,7 @@ class TestNextHops(DiscoveryTestCase):
                 'route', 'get', world)[0]['dev'])
             self.assertFalse(self.lab.ping(world))
             self.assertRegex(self.problems()[-1], 'a next hop of a route '
-                             'that leads through break0.*set that route ')
+                             'through break0.*set the route again')
             # A new route resolves the next hop again, now to the LAN.
             self.inside('lan', 'ip', 'address', 'add', router + (
                 '/24' if '.' in router else '/64'), 'dev', 'nic',

@@ -297,7 +297,7 @@ class TestRoutes(base.LabTestCase):
                      'dev', 'break0', 'onlink')
         self.manager().sync()
         with self.assertRaisesRegex(exceptions.AddressRefused,
-                                    'a route that leads through break0'):
+                                    'a next hop of a route through break0'):
             self.manager().bind(OWNER, base.addresses(POD), parent=lab.PARENT,
                                 mac=MAC, origin=Origin.DISCOVERED)
         self.bind()

@@ -161,8 +161,8 @@ class TestReplaced(MissingTestCase):
     def test_how_it_is_shown(self) -> None:
         # The command uses the real clock. A newly bound address does not count
         # as missing, since Kuryr configures it after the bind.
-        text = ('has other addresses. A sync unbinds it if that has not '
-                'changed after 10 s')
+        text = ('has other addresses. If the interface still lacks it after '
+                '10 s, a sync unbinds it')
         self.change()
         self.assertNotIn(text, self.call('status').stdout)
         self.unbind(POD, POD6)
