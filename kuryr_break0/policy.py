@@ -19,8 +19,8 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import model
 
-#: Maximum number of node addresses of a pod that are IPv6 addresses of other
-#: interfaces than the parent.
+#: The node addresses of a pod can include IPv6 addresses of interfaces other
+#: than the parent. This is the maximum number of such addresses.
 MAX_ELSEWHERE = 16
 _NOWHERE = ipaddress.ip_address('192.0.2.1')  # RFC 5737
 OWN = 'an address of the node itself'

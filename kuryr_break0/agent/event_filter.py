@@ -260,5 +260,8 @@ def _make_events(outcome: Outcome) -> Iterator[kernel.Event]:
 
 
 def _select_fields(link: kernel.Link) -> kernel.Link:
-    """Return a link; fields whose changes need no sync have fixed values."""
+    """Return a copy of a link, to compare it with another copy.
+
+    In the copies, fields whose changes need no sync have fixed values.
+    """
     return dataclasses.replace(link, carrier=True, group=0)

@@ -332,8 +332,9 @@ class Agent:
         # A sync can be due at once after each failed sync, for example because
         # the changes of the failed sync cause events. In that case each
         # failure doubles the pause, up to the interval of the timer. If the
-        # agent has waited longer than the last pause, a failure starts again
-        # with the shortest pause, so that other repairs are not delayed.
+        # time from the end of the last pause to this sync is longer than that
+        # pause, the next pause is the shortest one again. So the failure of a
+        # rare sync does not delay other repairs.
         is_later = began - allowed > allowed - self._synced_at
         self._failures = 0 if error is None else 1 if is_later else min(
             self._failures + 1, 20)

@@ -119,9 +119,9 @@ _ANSWER, NO_NFT = 'answer', 'there is no program nft'
 
 
 class _Held(model.Pair):
-    """An entry for a pod to which the kernel holds packets.
+    """An entry for which the table forwards held packets to break0.
 
-    The kernel deletes the entry after one second.
+    See :meth:`Guard.release`. The kernel deletes the entry after one second.
     """
 
     @property

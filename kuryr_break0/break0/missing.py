@@ -19,8 +19,10 @@ from kuryr_break0.ledger.cache import Cache
 from kuryr_break0.ledger import files
 from kuryr_break0 import model
 
-#: Minimum time in seconds from the bind of an address to the first sync that
-#: finds it missing, and from that sync to the sync that counts it as released.
+#: A pause in seconds. For this time after the bind of an address, syncs do not
+#: check whether the address is missing. A missing address counts as released
+#: if a sync finds the address missing at least this time after the first sync
+#: that found it missing.
 PAUSE = 10.0
 #: Key in the ledger's cache for the times of the first sightings.
 _NAME = 'missing'

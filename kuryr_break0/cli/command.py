@@ -139,8 +139,8 @@ def _read(argv: Sequence[str], register: Callable[
 def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
     """Set up logging by the options of oslo.log, or warnings to stderr.
 
-    oslo.log is imported only if an option needs it: the import takes a
-    quarter of the time in which a verb starts.
+    oslo.log is imported only if an option needs it, because the import takes a
+    quarter of the start time of a command.
 
     :returns: the configuration, read again if oslo.log is used
     :raises cfg.Error: if log_config_append names an unreadable file

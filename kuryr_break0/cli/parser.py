@@ -27,7 +27,10 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def verbs(self) -> dict[str, Parser]:
-        """Return the verbs' parsers by name; none for the parser of a verb."""
+        """Return the parsers of all verbs, by name.
+
+        In the parser of a verb, the dictionary is empty.
+        """
         return next((dict(each.choices) for each in self._actions if
                      isinstance(each, argparse._SubParsersAction)), {})
 

@@ -95,7 +95,7 @@ def failure(err: Exception, data: bytes = b'') -> Answer:
 
 
 class Plugin:
-    """A request of a runtime."""
+    """Executes a request of a runtime."""
 
     def __init__(self, options: config.Options, request: Request) -> None:
         self._options = options
@@ -231,9 +231,9 @@ class Plugin:
     def _gc(self) -> None:
         """Unbind the claims of this network that are not valid attachments.
 
-        Go encodes an empty list of attachments as null, and also a list that
-        an error left empty. So for null, this method unbinds only containers
-        that provably no longer exist.
+        libcni writes null for an empty list of attachments. The list can also
+        be empty because of an error in the runtime. So for null, this method
+        unbinds only containers that provably no longer exist.
         """
         request = self._request
         valid = request.attachments()

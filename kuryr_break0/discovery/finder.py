@@ -3,8 +3,8 @@
 """Find the namespaces of containers, and keep their addresses bound.
 
 A container can change its namespace a thousand times per second. So an event
-only marks the namespace, and the finder reads a namespace that changes all the
-time once per second. Containers that exceed their credit of processor time
+only marks the namespace, and the finder reads a constantly changing namespace
+only once per second. Containers that exceed their credit of processor time
 share a tenth of a processor, and do not delay other containers.
 
 After an event, the finder searches new mounts and new processes for

@@ -24,7 +24,7 @@ from kuryr_break0.pace import Pace
 #: Processor seconds that the work for one container may take before its
 #: namespaces have to wait. Binding 32 addresses takes half of this time.
 _CREDIT = 0.15
-#: The cause that :class:`Pace` charges for the routine
+#: The cause of all reads of the routine, for :class:`Pace`
 _ROUTINE = 'routine'
 
 

@@ -109,7 +109,8 @@ def rewrites(text: str) -> bool:
 def counters(version: int) -> dict[Rule, int]:
     """Return the packet counters of iptables rules that no trace shows.
 
-    The rules are read in the namespace of this thread.
+    The trace of nft(8) does not show rules of iptables-legacy. Without nft(8),
+    there is no trace. The rules are read in the namespace of this thread.
 
     :param version: the version of IP
     """

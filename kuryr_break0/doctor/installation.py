@@ -223,11 +223,13 @@ def check_plugin() -> Iterator[Finding]:
 
 
 def _python_of(path: str) -> Optional[str]:
-    """Return the script that runs Python when a program is started.
+    """Return the script by which a program runs Python.
 
-    :returns: the resolved path of the program, or of a script that it names,
-        directly or through other scripts; None if no script that can be read
-        runs Python
+    The program can be this script, or can be a script that starts this script,
+    directly or through other scripts.
+
+    :returns: the resolved path of the script; None if no readable script runs
+        Python
     """
     paths = [path]
     for each in paths:  # the loop appends to the list

@@ -44,8 +44,9 @@ class EventSocket(netlink.Socket):
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
             self._protocol)
         try:
-            # SO_RCVBUFFORCE fails for the root of a user namespace. SO_RCVBUF
-            # has then set at most twice rmem_max.
+            # SO_RCVBUFFORCE fails for the root of a user namespace. In this
+            # case the buffer keeps the size that SO_RCVBUF has set, which is
+            # at most twice rmem_max.
             for option in socket.SO_RCVBUF, _SO_RCVBUFFORCE:
                 with contextlib.suppress(PermissionError):
                     made.setsockopt(socket.SOL_SOCKET, option, _HELD)

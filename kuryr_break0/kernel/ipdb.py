@@ -100,7 +100,7 @@ def _suppress_warning() -> Iterator[None]:
 
 
 class _EmptyView(dict):  # type: ignore[type-arg]
-    """Neighbours for IPDB that are not read from the kernel."""
+    """Replaces IPDB's table of neighbours, without reading the kernel's."""
 
     def __init__(self, ipdb: Any) -> None:
         super().__init__()

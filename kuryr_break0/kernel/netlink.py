@@ -31,7 +31,9 @@ _NLMSGERR_ATTR_MSG, _MAX_ERRNO = 1, 4095
 
 SOL_NETLINK = 270  # linux/socket.h
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
-# Options: an error contains the header of its request only, and a text.
+# Socket options for the error messages of the kernel. With CAP_ACK, an error
+# contains only the header of the request. With EXT_ACK, an error may also
+# contain a text.
 _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 NETLINK_GET_STRICT_CHK = 12
 
@@ -41,7 +43,8 @@ _RECEIVED = 2 ** 17  # bytes; a datagram of a dump has at most 32 KiB
 _TIMEOUT = 10
 #: Maximum attempts to dump a table that changes during the dumps. FEW_TRIES
 #: applies to dumps that are merged or have a maximum length. More attempts
-#: help, and longer pauses do not: a change is as likely during each attempt.
+#: help. Longer pauses do not help, because a change is equally likely during
+#: each attempt.
 DUMP_TRIES, FEW_TRIES = 20, 3
 #: Maximum seconds to pause after the first attempt, and after any attempt. The
 #: first pause is short, because many changes are short, such as the deletion

@@ -269,15 +269,16 @@ def share_nft() -> None:
 
 
 def open_node_nft(exclusive: bool = False) -> Nft:
-    """Return a socket in the node's namespace that stays open.
+    """Return a socket in the node's namespace; the caller must not close it.
 
-    If a socket has deleted an object, the kernel takes about 12 ms to close
-    the socket. An open socket keeps its namespace alive, so do not use this
-    function in the namespace of a pod.
+    The socket stays open for later calls, because the kernel takes about 12 ms
+    to close a socket that has deleted an object. An open socket keeps its
+    namespace alive, so do not use this function in the namespace of a pod.
 
     :param exclusive: whether the caller holds the ledger's lock. If so, the
         function may return the shared socket. The lock is necessary, because
-        each process with this socket can read the answers to the others
+        each process that shares the socket can read the answers to the
+        requests of the other processes
     :raises KernelRefused: if the socket cannot be opened
     """
     place = os.getpid(), os.stat('/proc/thread-self/ns/net').st_ino

@@ -27,7 +27,7 @@ RTF_LOCAL = 0x80000000
 CAP_SYS_ADMIN = 21
 #: The mounts of this process
 MOUNTS = '/proc/self/mountinfo'
-#: Directories of programs that PATH of a service or a user may lack
+#: Directories of programs that the PATH of a service or a user may not contain
 _DIRECTORIES = '/usr/sbin:/sbin'
 
 

@@ -118,7 +118,10 @@ def _enter(wire: socket.socket, vrf: int) -> None:
 
 def _receive_for(wire: socket.socket, seconds: float
                  ) -> Iterator[tuple[bytes, Any]]:
-    """Iterate over the packets of a period, with their source addresses."""
+    """Iterate over the packets that arrive within ``seconds``.
+
+    :returns: pairs of a packet and its source address
+    """
     deadline = time.monotonic() + seconds
     while True:
         seconds_left = deadline - time.monotonic()

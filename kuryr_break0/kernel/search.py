@@ -161,12 +161,13 @@ class _Processes:
 
         A process may need up to _YOUNG seconds to enter its namespaces. So a
         process is new if it started after the latest search that is at least
-        _YOUNG seconds old. If no search is so old, a process is new if it
-        started after the first search.
+        _YOUNG seconds old. If all searches are more recent, a process is new
+        if it started after the first search.
 
         The kernel assigns ascending PIDs until the maximum, and then begins
         with low PIDs again. After such a wrap-around, the list contains all
-        processes. For the directory of another PID namespace, it always does.
+        processes. For the directory of another PID namespace, the list always
+        contains all processes.
         """
         since = self.note()
         with node.tolerate_absence(_UNSEEN):
@@ -178,8 +179,8 @@ class _Processes:
         """Record the last PID.
 
         :returns: the last PID at the latest search that is at least _YOUNG
-            seconds old. If no search is so old, the last PID at the first
-            search; 0 if unknown
+            seconds old. If all searches are more recent, the last PID at the
+            first search; 0 if unknown
         """
         now, last = time.monotonic(), self._read_last()
         if last is None or self._last and last < self._last[-1][1]:
@@ -329,7 +330,10 @@ def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
 
 def _match_paths(names: Iterable[str], processes: Iterable[str],
                  earlier: Mapping[Place, str]) -> list[NamespaceLocation]:
-    """List the namespaces of names and processes, those with a name last."""
+    """List the namespaces at the given names and of the given processes.
+
+    Namespaces with a name come last.
+    """
     own = os.stat(namespaces.OWN_NETNS)
     paths: dict[Place, str] = {}
     inside: dict[Place, list[str]] = {}

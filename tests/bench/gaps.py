@@ -113,8 +113,8 @@ def gaps(node: Node, repeat: int) -> Section:
             [program.BREAK0, 'agent'],
             env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        # When the agent has repaired the route of another pod, its start is
-        # complete.
+        # The start of the agent is complete when the agent has repaired the
+        # route of another pod.
         node.lab.run('ip', 'route', 'del', str(bench.FIRST_OTHER), 'dev',
                      node.options.device)
         lab.until(lambda: str(bench.FIRST_OTHER) in node.lab.routes())

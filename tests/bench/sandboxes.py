@@ -63,8 +63,8 @@ class _Host(base.EngineTestCase):
         self.lab = node
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
-        # The kernel moves no real-time process to the control group of a
-        # container, and the benchmark may run under chrt(1) as one.
+        # With chrt(1), the benchmark is a real-time process. The kernel does
+        # not move such a process to the control group of a container.
         return super().start('chrt', '--other', '0', *command)
 
 

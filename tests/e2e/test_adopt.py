@@ -25,7 +25,8 @@ class TestWithTheDaemon(AdoptTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        # Kuryr alone binds the pods, and is replaced while they run.
+        # Kuryr alone binds the pods. A kuryr-daemon with break0 then replaces
+        # it, and the pods continue to run.
         self.node.start_daemon('enabled = false')
         self.node.lab.add_ipv6()
         self.pod = self.node.add_pod('pod', vif=kuryr.macvlan_vif(

@@ -129,7 +129,7 @@ class ControllerTestCase(unittest.TestCase):
         self.assertEqual(len(left), len(self.neutron.pairs(self.port)))
 
     def refusing_first(self, method: str, action: Any) -> None:
-        """Call an action at the first request of a method for ports."""
+        """Call an action at the first request for ports with a method."""
         left = [action]
 
         def fault(request: neutron.Request) -> None:
@@ -218,7 +218,7 @@ class TestInterrupted(ControllerTestCase):
 class TestFullNode(ControllerTestCase):
 
     def test_a_full_node(self) -> None:
-        """A pod waits for the deletion of another pod, or for its own."""
+        """Waiting pods can be deleted, or get the pair of a deleted pod."""
         self.neutron.max_pairs = 1
         self.start_controller()
         self.add_pod('first')

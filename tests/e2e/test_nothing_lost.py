@@ -22,7 +22,7 @@ from tests.support import lab
 from tests.support import program
 
 
-#: Seconds of killing agent and daemon at random
+#: Seconds for which agent and daemon are killed at random moments
 SOAK = int(os.environ.get('SOAK_SECONDS', '30'))
 
 OTHER_POD = '100.75.30.72'
@@ -134,9 +134,9 @@ class TestLateDel(NothingLostTestCase):
     def test_without_a_namespace_after_the_pod_is_gone(self) -> None:
         """A DEL without CNI_NETNS does not delete the node's NIC.
 
-        containerd repeats a DEL without CNI_NETNS. Without a KuryrPort, Kuryr
-        itself would delete the interface of the pod's name in kuryr-daemon's
-        namespace: the node's NIC.
+        containerd repeats a DEL without CNI_NETNS. If the pod also has no
+        KuryrPort, Kuryr itself would delete the interface CNI_IFNAME in the
+        namespace of kuryr-daemon (b_base.cleanup): eth0, the node's NIC.
         """
         self.delete(self.old)
         self.node.delete_pod(self.old)

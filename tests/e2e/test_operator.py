@@ -49,7 +49,8 @@ class TestOperator(AdoptTestCase):
         ways: list[tuple[str, ...]] = [
             (POD,), (lab.NODE, 'pod'), (POD6,), (lab.NODE6, 'pod')]
         if expected:
-            # Without break0, the LAN's router may forward to the far pod.
+            # Not tested without break0: the router of the LAN may then connect
+            # the node and the far pod.
             ways += [(FAR,), (lab.NODE, 'far')]
         for way in ways:
             self.assertEqual(expected, self.node.lab.ping(*way), way)

@@ -47,7 +47,7 @@ class TestStaleOptions(DaemonTestCase):
                          finding['commands'])
         self.assertIn('Differs: kuryr-daemon has read', self.call('status'))
         self.node.kill_daemon()
-        self.node.start_daemon(RIGHT)  # even before the next pod
+        self.node.start_daemon(RIGHT)  # no new pod is needed
         self.assertNotIn('options-stale', self.findings())
 
     def test_another_version(self) -> None:

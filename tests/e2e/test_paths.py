@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tests both families, several subnets and interfaces, bound by Kuryr."""
+"""Tests Kuryr's pods with IPv4 and IPv6, several subnets and interfaces."""
 
 from __future__ import annotations
 

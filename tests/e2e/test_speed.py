@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tests the preconditions of fast requests, with the real daemon."""
+"""The real daemon does slow steps before it forks for a request."""
 
 from __future__ import annotations
 

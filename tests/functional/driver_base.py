@@ -43,9 +43,10 @@ def set_options(test: unittest.TestCase, group: str = 'break0',
 
 class DriverTestCase(base.LabTestCase):
 
-    #: Value of pod_binding, and the owner of the function ``disconnect`` that
-    #: the driver calls with this value.
+    #: The value of the option pod_binding
     binding = 'kuryr'
+    #: The class or module with the function ``disconnect`` that the driver
+    #: calls if pod_binding has this value
     disconnecting: Any = nested.MacvlanDriver
 
     def setUp(self) -> None:

@@ -32,7 +32,7 @@ class MetricsTestCase(base.LabTestCase):
               serving: bool = True) -> None:
         """Start an agent with options of [break0], and wait for a sync.
 
-        By default no sync is due to the timer: the interval is one hour.
+        By default the timer causes no sync: its interval is one hour.
         """
         self.configure(*(lines or ('resync_interval = 3600',)),
                        default=default)

@@ -373,9 +373,9 @@ class TestTable(BorderTestCase):
     def test_another_interface_of_a_pod_goes(self) -> None:
         """The unbind of a second interface removes all pairs with its MAC.
 
-        Suppose that the pair of the second MAC address and the first
-        interface's address stayed. A later container with this MAC address
-        could then send from that address.
+        If the pair of the second MAC address and the first interface's
+        address stayed, a later container with the second MAC address could
+        send from the first interface's address.
         """
         second, mac = '100.75.30.79', '02:00:00:00:00:79'
         self.lab.add_macvlan('pod', 'net1', mac=mac)

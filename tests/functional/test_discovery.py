@@ -756,12 +756,13 @@ class TestRecords(base.LabTestCase):
         self.manager().bind(Owner('discovered-7', 'eth0'),
                             base.addresses(ONE), parent='eth0', netns=netns,
                             origin=Origin.DISCOVERED)
-        # The origin decides, not the name of the owner.
+        # This address is bound manually, so it stays: the owner's name does
+        # not make it a discovered address.
         self.manager().bind(Owner('discovered', 'eth0'),
                             base.addresses(TWO), parent='eth0', netns=netns,
                             origin=Origin.MANUAL)
         found = ledger.Ledger(options.state_dir)
-        # If the result is False, the next sync tries again.
+        # After the result False, the next sync of the agent tries again.
         with mock.patch.object(ledger.Ledger, 'lock', side_effect=(
                 exceptions.LockTimeout(path='/run', timeout=0))):
             self.assertFalse(records.unbind_discovered(options, found))

@@ -125,10 +125,10 @@ class TestExhausted(FinderTestCase):
                 self.assert_bound(ONE)
 
     def test_end_that_is_not_proven_again(self) -> None:
-        """A record stays if the judgement is in doubt when it is repeated.
+        """A record stays if a second check cannot prove the end.
 
-        The finder repeats the judgement under the lock. The lock takes
-        descriptors, so the repetition can fail.
+        The finder checks the namespace again under the lock. The lock takes
+        descriptors, so the second check can fail.
         """
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()
@@ -206,7 +206,7 @@ class TestExhausted(FinderTestCase):
         self.assert_bound()
 
     def test_end_that_cannot_be_proven(self) -> None:
-        """The finder repeats a judgement in doubt at growing intervals."""
+        """The finder checks at growing intervals if a namespace has ended."""
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()
         self.assert_bound(ONE)
@@ -242,9 +242,10 @@ class TestManyNamespaces(FinderTestCase):
             path, NamespaceId(status.st_dev, status.st_ino))
 
     def add_stale(self, place: kernel.Place) -> None:
-        """Add a waiting container's ended namespace with this inode.
+        """Add an ended namespace of the container "noisy" at an inode.
 
-        The event of the namespace's end has not arrived yet.
+        The event of the namespace's end has not arrived yet. The container has
+        spent its processor time, so its namespaces wait.
         """
         stale = namespace.Namespace(kernel.NamespaceLocation(
             '/run/netns/ended', NamespaceId(*place, 1)), 'noisy', 77)

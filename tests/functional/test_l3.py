@@ -224,7 +224,10 @@ class TestErrors(L3TestCase):
         self.assertEqual(before, self.pod('ours'))
 
     def test_another_vif_comes_first(self) -> None:
-        """A replacement is for the next call only, and only for its VIF."""
+        """The next call of _configure_l3 ends a replacement.
+
+        The call uses the replacement only for the VIF of the replacement.
+        """
         stock = kuryr.macvlan_vif(POD4, mac=MAC)
         ours = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', stock.obj_to_primitive())

@@ -123,7 +123,8 @@ class TestRoutes(base.LabTestCase):
                               of_an_old_kernel.next_hops([index]),
                               netlink.routes([index]).next_hops):
                     self.assertEqual(expected, set(map(str, found)))
-            # In the strict mode of the dumps the kernel refuses IPv6 look-ups.
+            # The dumps set NETLINK_GET_STRICT_CHK. With this option the kernel
+            # refuses IPv6 look-ups, so a look-up has to unset the option.
             self.assertIsNotNone(
                 netlink.lookup(ipaddress.ip_address('fd03::1')))
 

@@ -79,7 +79,7 @@ class TestStatus(CLITestCase):
         self.assertEqual(0, waiting.wait())
 
     def test_a_parent_that_is_down(self) -> None:
-        """One line reports the parent, which each address names as cause."""
+        """One line reports the parent. No line reports a missing route."""
         self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
         text = self.text(code=1)
         self.assertEqual(1, text.count('Out of sync: eth0, the parent'), text)

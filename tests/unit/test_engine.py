@@ -241,7 +241,7 @@ class TestUndo(EngineTestCase):
 
 
 class TestSuccession(EngineTestCase):
-    """The surviving claim of two gets the address."""
+    """If one of two claims on an address ends, the other gets the address."""
 
     def setUp(self) -> None:
         super().setUp()

@@ -15,8 +15,8 @@ import unittest
 #: Packages that take long to import. Each --help works without them.
 SLOW = {'pyroute2', 'waitress', 'prometheus_client', 'kuryr_kubernetes',
         'os_vif', 'requests'}
-#: The modules of the verbs that have several modules or a module of another
-#: name.
+#: The modules of each verb that has several modules, or a module with another
+#: name than the verb.
 VERBS = {'unbind': {'bind'}, 'cni-install': {'cni'},
          'sync': {'sync', 'status'}, 'doctor': {'doctor', 'status'},
          'check': {'doctor', 'status'}}

@@ -82,7 +82,7 @@ class TestJournal(unittest.TestCase):
         found = []
         while writers:
             found += self.journal.drain()
-            time.sleep(0.005)  # more often than the agent
+            time.sleep(0.005)  # the agent drains the journal less often
             writers = [pid for pid in writers
                        if os.waitpid(pid, os.WNOHANG)[0] == 0]
         found += self.journal.drain()

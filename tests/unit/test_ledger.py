@@ -758,9 +758,10 @@ class TestOwnership(unittest.TestCase):
                 ('uplink', own, 'break0', expected.UNMARKED),
                 (own.alias('/run/x'), own, 'break0', expected.OURS),
                 (own.alias('/run/y'), own, 'break0', expected.OURS),
-                # The next two aliases name this state directory. First, this
-                # ledger is new; then, it has taken over another device of the
-                # lost ledger.
+                # The next two aliases have the path of this state directory
+                # and the ID of a lost ledger. In the first case, this ledger
+                # is new. In the second case, it has already taken over
+                # break0-eth1 of the lost ledger.
                 (identity.Alias('a' * 16, '/run/x'), None, 'break0',
                  expected.LOST),
                 (identity.Alias('a' * 16, '/run/x'), own, 'break0',

@@ -390,13 +390,14 @@ class Node(stateful.RuleBasedStateMachine):
         self.sync()
         outcome = self.sync()
         if self.is_unsettled and outcome.unset:
-            # While the first sync removed a gone claim, it kept an item that
-            # a killed process had left for another claim on the address.
+            # A killed process can leave an item of another claim on the
+            # address. The first sync, which drops a gone claim, keeps this
+            # item, and the second sync deletes it.
             assert not outcome.set, outcome
             outcome = self.sync()
         assert not outcome, outcome
-        # If a bind set no item before it was killed or failed, and its pod
-        # ended, the items of the previous pod have no known owner.
+        # A bind can fail or be killed before it sets an item. If its pod then
+        # ends, the items of the previous pod have no known owner.
         doubtful = {item.dst for item in outcome.unclaimed}
         assert self.was_killed or not doubtful, outcome
         assert not outcome.errors, outcome.errors

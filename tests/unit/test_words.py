@@ -10,7 +10,8 @@ import unittest
 from tests.support import words
 
 ROOT = pathlib.Path(__file__).parents[2]
-#: Hidden nouns and odd beginnings per 1,000 words, by folders.
+#: Largest allowed numbers of hidden nouns and odd beginnings per 1,000 words,
+#: by folders. tests/support/words.py defines both terms.
 BOUNDS: dict[tuple[str, ...], tuple[float, float]] = {
     ('kuryr_break0',): (2.5, 0.2),
     ('README.rst', 'CONTRIBUTING.rst', 'HACKING.rst', 'doc/source'):

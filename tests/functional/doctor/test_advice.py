@@ -148,8 +148,8 @@ class TestDaemon(DoctorTestCase):
 class TestStateDirectory(DoctorTestCase):
 
     def test_elsewhere(self) -> None:
-        # An overlay never counts as in memory. The file system of /root may
-        # be in memory.
+        # The doctor reports every overlay as persistent. /root may be on a
+        # tmpfs, which the doctor would not report.
         for name in 'lower', 'upper', 'work', 'mount':
             os.makedirs('/run/overlay/' + name)
         self.lab.run(

@@ -117,8 +117,8 @@ class TestDevice(DoctorTestCase):
         self.manager().sync()
         self.assertEqual({}, self.findings())
         own = str(policy.link_address('break0'))
-        # Add before deleting: with break0's last address, the kernel would
-        # delete the routes.
+        # Add the new address first: when break0 loses its last address, the
+        # kernel deletes the routes.
         for verb, address in ('add', '100.75.30.7'), ('del', own):
             self.lab.run('ip', 'address', verb, address + '/32', 'dev',
                          'break0')

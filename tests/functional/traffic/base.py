@@ -30,7 +30,7 @@ MAC, OTHER_MAC = 'fa:16:3e:00:00:71', 'fa:16:3e:00:00:72'
 #: Addresses of the node on its other NIC, and of the LAN host there.
 MANAGEMENT, MANAGEMENT6 = '10.9.0.51', 'fd00:9::51'
 MANAGER, MANAGER6 = '10.9.0.1', 'fd00:9::1'
-#: Addresses on lo, for a node that is announced by a routing protocol.
+#: Addresses on lo, like addresses that a routing protocol announces.
 LOOPBACK, LOOPBACK6 = '10.255.0.51', 'fd00:255::51'
 BRIDGE, BRIDGE6 = '172.30.0.1', 'fd00:172::1'
 CONTAINER, CONTAINER6 = '172.30.0.2', 'fd00:172::2'

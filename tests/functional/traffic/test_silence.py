@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""No connection waits longer than its route was missing.
+"""Connections continue as soon as the missing route of their pod is set.
 
 Without the route, the node resolves the pod on the LAN. The kernel holds the
 packets for up to three seconds, and TCP does not retransmit a held segment.
