@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import subprocess
 
 import requests
@@ -113,6 +114,10 @@ class Node:
         run = self.machine.run
         subprocess.run(['ip', 'netns', 'del', self.name],
                        stderr=subprocess.DEVNULL)
+        # The kernel deletes the namespace of an earlier boot, and with it the
+        # other end of this pair, some time after the namespace has ended.
+        lab.until(lambda: self._port not in (
+            name for _, name in socket.if_nameindex()))
         self._lan('ip', 'netns', 'attach', self.name, str(self.machine.pid))
         self._lan('ip', 'link', 'add', self.parent, 'netns', self.name,
                   'address', self.mac, 'type', 'veth', 'peer', 'name',
