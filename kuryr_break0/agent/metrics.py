@@ -171,7 +171,7 @@ class Metrics(prometheus_registry.Collector):
                 snapshot, Ledger(self.options.state_dir), kernel.QUICK_LIMITS)
         ends = time.monotonic() + _STEP
         for each in self._search:
-            self._listed += each[:containers.MOST - len(self._listed)]
+            self._listed += each[:containers.MAX_UNSERVED - len(self._listed)]
             if time.monotonic() > ends:
                 return 0.0
         self._search = None

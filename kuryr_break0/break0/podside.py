@@ -36,7 +36,7 @@ LOG = log.get_logger(__name__)
 #: number of entries. If a required entry is beyond this number, each repair
 #: sets the entry again. A stale entry beyond this number stays until the dump
 #: reaches the entry.
-MOST = 512
+MAX_ENTRIES = 512
 
 
 class Differences(NamedTuple):
@@ -174,7 +174,7 @@ class PodSide:
         :param pause: as for :func:`kuryr_break0.break0.missing.find`
         """
         states = self._netlink.address_states()
-        if len(states) >= MOST:
+        if len(states) >= MAX_ENTRIES:
             return []  # the list may be incomplete
         return missing.find(states, self.link, self._records, pause)
 
@@ -205,7 +205,7 @@ class PodSide:
 def entered(record: model.Record) -> Iterator[kernel.Netlink]:
     """Enter the namespace of a record; yield a socket in that namespace."""
     with kernel.enter_namespace(str(record.netns), record.namespace), \
-            kernel.Netlink(most=MOST) as netlink:
+            kernel.Netlink(most=MAX_ENTRIES) as netlink:
         yield netlink
 
 

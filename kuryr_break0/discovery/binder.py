@@ -26,7 +26,7 @@ LOG = log.get_logger(__name__)
 
 #: Maximum number of bound addresses of one container. A container can have
 #: thousands of addresses, in any number of namespaces.
-MAX_ADDRESSES = 32
+MAX_DISCOVERED = 32
 #: Seconds to bind addresses of one namespace, before other namespaces get a
 #: turn. The remaining addresses wait for the next turn of their namespace.
 _TURN = 0.03
@@ -118,7 +118,7 @@ class Binder:
                    if address not in macvlan.unproven]
         duplicates = [(each, macvlan) for macvlan in macvlans
                       for each in macvlan.duplicates]
-        for address, macvlan in duplicates[:MAX_ADDRESSES]:
+        for address, macvlan in duplicates[:MAX_DISCOVERED]:
             self._log_refusal(
                 address, macvlan, 'duplicate address detection has found it '
                 'on another host. Change the address of one of them.')
@@ -132,13 +132,13 @@ class Binder:
             and container == self._containers.get(each))
         # Bound addresses stay bound even above the maximum: their claims may
         # be rebuilt claims, which another program may have made.
-        maximum = max(MAX_ADDRESSES - elsewhere, len(bound))
+        maximum = max(MAX_DISCOVERED - elsewhere, len(bound))
         desired = dict(present[:maximum])
         if len(present) > maximum:
             self._log_refusal(
                 *present[-1], 'its container has %d addresses, and the '
                 'maximum is %d. Remove some of them.' % (
-                    len(present) + elsewhere, MAX_ADDRESSES))
+                    len(present) + elsewhere, MAX_DISCOVERED))
         incomplete = {each.link.name for each in macvlans if not each.is_whole}
         removed = [record for address, record in list(bound.items())
                    if (address not in desired

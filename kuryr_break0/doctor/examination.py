@@ -41,7 +41,7 @@ from kuryr_break0 import kernel
 PATIENCE = 2.0
 #: Largest number of pods to enter and ping. The kubelet's default limit is
 #: 110 pods on a node.
-MOST = 128
+MAX_PINGED = 128
 
 
 @dataclasses.dataclass
@@ -190,7 +190,7 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
     result.findings += merged(routes.check(node, parent))
     result.counts['looked_up'] += len(node.settled(parent.desired))
     result.findings += pods.check_asking(node, parent)
-    entered = sample(pods.enterable(node, parent), MOST)
+    entered = sample(pods.enterable(node, parent), MAX_PINGED)
     result.counts['entered'] += len(entered)
     result.findings += pods.check_inside(node, parent, entered)
 
@@ -206,7 +206,7 @@ def _ping(node: Node, result: Examination) -> list[Finding]:
     findings: list[Finding] = []
     for parent in node.snapshot.parents.values():
         chosen = [] if parent.device in node.useless else [
-            record for each in sample(pods.enterable(node, parent), MOST)
+            record for each in sample(pods.enterable(node, parent), MAX_PINGED)
             if not ill & {str(each[0].owner), *(str(one.address)
                                                 for one in each)}
             for record in each if str(record.address) not in stopped]
@@ -221,5 +221,6 @@ def _ping(node: Node, result: Examination) -> list[Finding]:
             result.not_examined.append(
                 'pings to %d of %d addresses: each has a finding, is in an '
                 'unknown namespace, or is beyond the limit of %d pods' % (
-                    len(parent.live) - len(chosen), len(parent.live), MOST))
+                    len(parent.live) - len(chosen), len(parent.live),
+                    MAX_PINGED))
     return findings

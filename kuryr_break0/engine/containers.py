@@ -43,7 +43,7 @@ class Reason(enum.Enum):
 
 #: Maximum number of reported addresses. A container can create thousands of
 #: macvlans in its own namespaces, with thousands of addresses each.
-MOST = 2 ** 12
+MAX_UNSERVED = 2 ** 12
 #: Sockets of Docker and Podman.
 ENGINE_SOCKETS = '/run/docker.sock', '/run/podman/podman.sock'
 #: Reasons that :mod:`kuryr_break0.discovery.finder` logs at once.
@@ -95,11 +95,11 @@ def unserved(snapshot: Snapshot, ledger: Ledger) -> list[Unserved]:
 
     The search takes about 0.2 ms for each namespace.
 
-    :returns: at most MOST addresses
+    :returns: at most MAX_UNSERVED addresses
     :raises SystemRefused: if this process cannot see all namespaces
     """
     return list(itertools.islice(itertools.chain.from_iterable(
-        each_unserved(snapshot, ledger, kernel.FULL_LIMITS)), MOST))
+        each_unserved(snapshot, ledger, kernel.FULL_LIMITS)), MAX_UNSERVED))
 
 
 def each_unserved(snapshot: Snapshot, ledger: Ledger, limits: kernel.Limits

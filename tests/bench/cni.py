@@ -32,7 +32,7 @@ MACVLAN = {'type': 'macvlan', 'master': 'eth0', 'ipam': {
 OURS = 'break0, by shim and agent'
 SCRIPT = 'break0, in one process'
 NAMES = ('macvlan with host-local', 'tuning', OURS, SCRIPT)
-MOST = 2.5  # largest allowed ratio to tuning
+MAX_RATIO = 2.5  # largest allowed ratio to tuning
 
 
 def adds(node: Node, repeat: int) -> Section:
@@ -72,7 +72,7 @@ def adds(node: Node, repeat: int) -> Section:
           '%.2f' % (medians[name] / medians['tuning'])]
          for name, values in times.items()],
         [at_most('an ADD by the shim', medians[OURS], medians['tuning'],
-                 MOST, 'tuning')],
+                 MAX_RATIO, 'tuning')],
         {'medians': medians, 'times': times})
 
 

@@ -23,7 +23,7 @@ from tests.support import program
 
 SIZES = (250, 10000)
 MIB = 2 ** 20
-MOST = 128 * MIB
+MAX_MEMORY = 128 * MIB
 
 
 def scale(node: Node, repeat: int) -> Section:
@@ -59,7 +59,8 @@ def scale(node: Node, repeat: int) -> Section:
         [at_most('status at %d pods' % high, status[high], sync, 4,
                  'a sync with nothing to do'),
          Target('the agent at %d pods: at most 128 MiB' % high,
-                '%.0f MiB' % (memory[high] / MIB), memory[high] <= MOST)],
+                '%.0f MiB' % (memory[high] / MIB),
+                memory[high] <= MAX_MEMORY)],
         {'status_ms': status, 'sync_ms': sync, 'memory_bytes': memory})
 
 

@@ -557,10 +557,10 @@ class TestHostile(DiscoveryTestCase):
             'hostile', 'ip', '-batch', '/run/batch'), 4)
         # The finder and the loop can each exceed their share by one credit.
         self.assertLess(cpu, pace.SHARE + 2 * pace.CREDIT / 4)
-        self.until(lambda: len(self.bound()) > binder.MAX_ADDRESSES)
+        self.until(lambda: len(self.bound()) > binder.MAX_DISCOVERED)
         self.until_looked()
         bound = self.bound()
-        self.assertEqual(binder.MAX_ADDRESSES + 1, len(bound))
+        self.assertEqual(binder.MAX_DISCOVERED + 1, len(bound))
         self.assertLessEqual({ONE, TWO}, bound)
         self.assertEqual(1, self.log().count('has 1001 addresses'))
         self.assert_reachable(TWO, 'victim')
@@ -592,9 +592,9 @@ class TestHostile(DiscoveryTestCase):
                         40 + number, host, number))
             self.lab.run('nsenter', '--target', str(pid), '--net', 'ip',
                          '-batch', '/run/batch')
-        self.until(lambda: len(self.bound()) >= binder.MAX_ADDRESSES + 2)
+        self.until(lambda: len(self.bound()) >= binder.MAX_DISCOVERED + 2)
         self.until_looked()
-        self.assertEqual(binder.MAX_ADDRESSES + 2, len(self.bound()))
+        self.assertEqual(binder.MAX_DISCOVERED + 2, len(self.bound()))
         self.assertLessEqual({ONE, TWO}, self.bound())
 
     def cpu_while(self, action: Callable[[], Any], seconds: float) -> float:

@@ -212,7 +212,7 @@ class TestDuplicates(DiscoveryTestCase):
         self.start()
         self.until_bound(ONE)
         self.until_looked()
-        self.assertEqual(binder.MAX_ADDRESSES, self.log().count(
+        self.assertEqual(binder.MAX_DISCOVERED, self.log().count(
             'duplicate address detection has found it on another host'))
 
     def test_not_before_it_is_proven(self) -> None:

@@ -351,7 +351,7 @@ class TestBounds(FinderTestCase):
     def test_more_addresses_that_others_had_bound(self) -> None:
         """Rebuilt records stay beyond the limit of discovered addresses."""
         addresses = ['100.75.30.%d' % (100 + number)
-                     for number in range(binder.MAX_ADDRESSES + 5)]
+                     for number in range(binder.MAX_DISCOVERED + 5)]
         path = self.lab.add_pod('one', *addresses, mac='02:00:00:00:00:01')
         self.bind(*addresses, netns=path, mac_of_pod='02:00:00:00:00:01')
         shutil.rmtree('/run/kuryr-break0')

@@ -400,7 +400,7 @@ class TestCost(base.LabTestCase):
     def test_one_with_thousands_of_addresses(self) -> None:
         self.lab.add_pod('one', *('100.75.30.%d' % number
                                   for number in range(100, 109)))
-        with mock.patch.object(containers, 'MOST', 5):
+        with mock.patch.object(containers, 'MAX_UNSERVED', 5):
             self.assertEqual(5, len(containers.unserved(
                 self.snapshot(), ledger.Ledger('/run/kuryr-break0'))))
 
