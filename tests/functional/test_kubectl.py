@@ -37,6 +37,7 @@ class TestPlugin(CLITestCase):
     def setUp(self) -> None:
         super().setUp()
         os.makedirs('/run/bin')
+        os.makedirs('/run/tmp')
         with open('/run/bin/kubectl', 'w') as file:
             file.write(KUBECTL)
         os.chmod('/run/bin/kubectl', 0o755)
@@ -46,9 +47,11 @@ class TestPlugin(CLITestCase):
         """Return the lines of the plugin's output, with single spaces."""
         done = subprocess.run(
             [PLUGIN, *args], text=True, stdout=subprocess.PIPE, env={
-                **os.environ, 'PATH': '/run/bin:%s:%s' % (
+                **os.environ, 'TMPDIR': '/run/tmp',
+                'PATH': '/run/bin:%s:%s' % (
                     program.BIN, os.environ['PATH'])})
         self.assertEqual(code, done.returncode, done.stdout)
+        self.assertEqual([], os.listdir('/run/tmp'))
         return [' '.join(line.split()) for line in done.stdout.splitlines()]
 
     def test_status(self) -> None:
