@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -116,6 +117,14 @@ class ClusterTestCase(unittest.TestCase):
         raise AssertionError('no namespace has ' + clusters.address(pod))
 
     @staticmethod
+    def has_tentative(netns: str) -> bool:
+        """Return whether a namespace has a tentative IPv6 address."""
+        return bool(subprocess.run(
+            ['nsenter', '--net=' + netns, 'ip', '-6', '-o', 'address',
+             'show', 'tentative'], stdout=subprocess.PIPE, check=True
+        ).stdout.strip())
+
+    @staticmethod
     def fetch(address: str, netns: str, port: int = 80) -> Optional[str]:
         """Return the page of a pod as fetched from a namespace, or None.
 
@@ -138,6 +147,10 @@ class ClusterTestCase(unittest.TestCase):
                                 for node in self.cluster.nodes},
                   **{pod['metadata']['name']: self.netns_of(pod)
                      for pod in pods}}
+        # The probes of kubelet use IPv4. A pod can be ready before duplicate
+        # address detection has ended for its IPv6 address.
+        self.until(lambda: not any(
+            self.has_tentative(self.netns_of(pod)) for pod in pods))
         for pod in pods:
             for address in clusters.addresses(pod):
                 for name, netns in places.items():
