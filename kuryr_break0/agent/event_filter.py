@@ -262,6 +262,7 @@ def _make_events(outcome: Outcome) -> Iterator[kernel.Event]:
 def _select_fields(link: kernel.Link) -> kernel.Link:
     """Return a copy of a link, to compare it with another copy.
 
-    In the copies, fields whose changes need no sync have fixed values.
+    The copies have fixed values in the fields that need no sync if they
+    change.
     """
     return dataclasses.replace(link, carrier=True, group=0)

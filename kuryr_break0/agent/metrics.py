@@ -287,7 +287,8 @@ def _make_gauges(snapshot: Snapshot) -> Iterator[core.Metric]:
         wrong[parent.name],
         int(parent.link is not None and parent.link.up))
         for parent in snapshot.parents.values()}
-    # Count the problems of unreadable records, whose parent is unknown.
+    # An unreadable record does not show its parent. Count it in a row without
+    # a parent.
     if wrong[''] or not rows:
         rows[''] = (0, 0, 0, 0, wrong[''], 0)
     for column, (name, text) in enumerate((

@@ -40,11 +40,11 @@ QUIET = {'ipv4/conf/%s/arp_filter': 1,
          'ipv6/conf/%s/forwarding': 0,
          'ipv4/conf/%s/arp_notify': 0,
          'ipv6/conf/%s/ndisc_notify': 0}
-#: Sysctls that limit the influence of a pod on its node. The node drops
-#: packets whose source is not routed through break0, and packets of pods to
-#: loopback addresses. The node ignores redirects, source routes, prefixes and
-#: gratuitous ARP of pods. It sends no redirects, and does not answer for other
-#: hosts.
+#: Sysctls that limit the influence of a pod on its node. The node drops a
+#: packet of a pod if the route to its source does not lead through break0, or
+#: if its destination is a loopback address. The node ignores redirects, source
+#: routes, prefixes and gratuitous ARP of pods. It sends no redirects, and does
+#: not answer for other hosts.
 BORDER = {'ipv4/conf/%s/rp_filter': 1,
           'ipv4/conf/%s/accept_redirects': 0,
           'ipv4/conf/%s/send_redirects': 0,

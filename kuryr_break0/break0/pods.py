@@ -91,8 +91,8 @@ class Pods:
     def from_successor(self, claims: Claims) -> Claims:
         """Return the successor and all older claims, without newer claims.
 
-        The successor is the newest claim whose interface still has the
-        address, or cannot be read.
+        The successor is the newest claim with an interface that still has
+        the address. If an interface cannot be read, it counts as having it.
 
         :param claims: the claims on one address, the newest first
         :returns: an empty tuple if there is no successor

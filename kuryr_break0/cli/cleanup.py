@@ -80,7 +80,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 class Removal(NamedTuple):
     """An item that is deleted or left.
 
-    :ivar what: kind and name of the item
+    :ivar what: the item, as its kind and its name
     :ivar reason: the reason why the item is left; None if it is deleted
     """
 
@@ -120,7 +120,7 @@ class Cleanup:
         with contextlib.ExitStack() as stack:
             netlink = stack.enter_context(kernel.Netlink())
             current = actual.read(options, ledger, netlink)
-            # Rebuilt records of bound pods whose records were lost.
+            # The records of some bound pods may be lost. Rebuild them.
             records = list(rebuild.find(options, current, [
                 parent for parent in current.parents.values()
                 if parent.ownership is not Ownership.OTHER]))

@@ -262,7 +262,7 @@ class Status:
                           ) -> Iterator[str]:
         """Yield a line for each problem and each unbound container.
 
-        :param without: subjects whose problems are left out
+        :param without: subjects; the result omits their problems
         """
         yield from problems.of_node(each for each in self._all_problems
                                     if each.subject not in without)

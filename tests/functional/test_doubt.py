@@ -633,6 +633,21 @@ class TestClaims(DoubtTestCase):
                 self.assertTrue(self.lab.ping(POD))
                 self.assertEqual([], self.problems())
 
+    def test_it_does_not_return_if_it_is_a_next_hop_by_then(self) -> None:
+        self.claim()
+        self.lab.run('ip', 'route', 'add', '198.51.100.0/24', 'via', POD,
+                     'dev', lab.PARENT, 'onlink')
+        with mock.patch.object(cache, 'MAX_AGE', 0):  # read the next hops
+            self.unbind(POD, owner=Owner('thief', 'eth0'))
+        self.assertEqual({OTHER_POD}, set(self.lab.routes()))
+        self.assertIsNone(self.neighbour())
+        self.assertEqual({POD, OTHER_POD}, self.bound())
+        self.lab.run('ip', 'route', 'del', '198.51.100.0/24')
+        self.lab.del_netns('thief')
+        self.reconcile()
+        self.assertEqual(MAC % 1, self.neighbour())
+        self.assertTrue(self.lab.ping(POD))
+
     def test_an_earlier_one_can_end_first(self) -> None:
         self.claim()
         self.unbind(POD)
