@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, ClassVar, Optional
+from typing import Any, Callable, ClassVar, Optional
 
 from kuryr.lib import constants as kl_const
 from kuryr.lib import exceptions as kl_exc
@@ -35,6 +35,8 @@ LOG = log.get_logger(__name__)
 
 #: The name of the driver's entry point.
 NAME = 'nested-macvlan-break0'
+#: The errors for a node's port and for another port that does not exist.
+_ABSENT = (kl_exc.NoResourceException, os_exc.ResourceNotFound)
 
 
 class PortNotReady(k_exc.PortNotReady):  # type: ignore[misc]
@@ -158,25 +160,26 @@ class NestedMacvlanDriver(
         is_removed = True
         node = _node(pod)
         try:
-            if node:
-                self._pairs(node).assign(mac)
-            else:
+            if not node:
                 LOG.warning('Pod %s is deleted without an address of its '
                             'node. If the port of the node has an allowed '
                             'address pair with MAC address %s, remove it.',
                             _name(pod), mac)
-        except kl_exc.NoResourceException:
-            LOG.info('No port in Neutron has the address %s of the node of '
-                     'pod %s, so no allowed address pair is removed', node,
-                     _name(pod))
+            elif not self._is_found(
+                    functools.partial(self._pairs(node).assign, mac)):
+                LOG.info('No port in Neutron has the address %s of the node '
+                         'of pod %s, so no allowed address pair is removed',
+                         node, _name(pod))
         except Exception as err:
             is_removed = False
             LOG.error('The allowed address pairs with MAC address %s of pod '
                       '%s may still be on the port of its node (%s): %s',
                       mac, _name(pod), node, _reason(err))
         try:
-            network = clients.get_network_client()
-            address_pairs.repeat(functools.partial(network.delete_port, port))
+            delete = functools.partial(
+                clients.get_network_client().delete_port, port,
+                ignore_missing=False)
+            address_pairs.repeat(functools.partial(self._is_found, delete))
         except Exception as err:
             is_removed = False
             LOG.error('Port %s of pod %s could not be deleted: %s. If '
@@ -184,6 +187,36 @@ class NestedMacvlanDriver(
                       'openstack port delete %s',
                       port, _name(pod), _reason(err), port)
         return is_removed
+
+    def _is_found(self, request: Callable[[], Any]) -> bool:
+        """Send a request for a port; return False if the port does not exist.
+
+        Just after its start, Neutron can answer for existing ports that they
+        do not exist (neutron.policy.init sets the enforcer before the rules).
+        So the answer only counts if Neutron then shows another port, and
+        gives the same answer again.
+
+        :raises Exception: if the request fails, or if Neutron shows no port
+        """
+        try:
+            request()
+            return True
+        except _ABSENT:
+            if not self._shows_ports():
+                raise
+        try:
+            request()
+            return True
+        except _ABSENT:
+            return False
+
+    def _shows_ports(self) -> bool:
+        """Return whether Neutron shows any port in the nodes' subnets."""
+        subnets = self.nodes_subnets_driver.get_nodes_subnets(
+            raise_on_empty=True)
+        return any(True for _ in clients.get_network_client().ports(
+            fixed_ips=['subnet_id=%s' % subnet for subnet in subnets],
+            limit=1))
 
     def _pairs(self, node: str) -> address_pairs.AddressPairs:
         return self._nodes.setdefault(node, address_pairs.AddressPairs(

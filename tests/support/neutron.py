@@ -171,10 +171,11 @@ class Neutron:
 
 
 def _matches(port: dict[str, Any], name: str, values: list[str]) -> bool:
+    if name == 'limit':
+        return True
     if name == 'fixed_ips':
-        return all('%s' % value in [
-            '%s=%s' % item for fixed in port['fixed_ips']
-            for item in fixed.items()] for value in values)
+        return any('%s=%s' % item in values for fixed in port['fixed_ips']
+                   for item in fixed.items())
     return str(port.get(name)) in values
 
 

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 import unittest
 from unittest import mock
 import uuid
@@ -666,6 +667,49 @@ class TestRelease(ControllerTestCase):
         self.neutron.fault = lambda request: None
         self.assertIsNone(self.release(self.pod, self.vif))
         self.assert_nothing_left()
+
+    @contextlib.contextmanager
+    def blind(self, answers: int) -> Iterator[None]:
+        """Let Neutron deny that any port exists, for some answers."""
+        left = [None] * answers
+        select = self.neutron.select
+
+        def fault(request: neutron.Request) -> None:
+            if request.method == 'DELETE' and left:
+                left.pop()
+                raise neutron.Refusal(404, 'PortNotFound')
+
+        def show(query: dict[str, list[str]]) -> list[Any]:
+            if not left:
+                return select(query)
+            left.pop()
+            return []
+
+        self.neutron.fault = fault
+        with mock.patch.object(self.neutron, 'select', show):
+            yield
+        self.neutron.fault = lambda request: None
+
+    def test_neutron_denies_all_ports(self) -> None:
+        with self.blind(1000), self.assertLogs('kuryr_break0', 'ERROR'):
+            self.assertIsInstance(self.release(self.pod, self.vif),
+                                  k_exc.PortNotReady)
+        self.assertIn(self.vif.id, self.neutron.ports)
+        self.assertEqual(self.addresses([self.vif]), self.pairs())
+        self.assertIsNone(self.release(self.pod, self.vif))
+        self.assert_nothing_left()
+
+    def test_neutron_denies_all_ports_for_some_answers(self) -> None:
+        for answers in range(1, 12):
+            with self.subTest(answers):
+                asking = pod('pod')
+                vif = self.request(asking)
+                with self.blind(answers):
+                    for _ in range(answers):
+                        if self.release(asking, vif) is None:
+                            break
+                self.assertNotIn(vif.id, self.neutron.ports)
+                self.assertEqual(self.addresses([self.vif]), self.pairs())
 
     def refuse_lists(self, request: neutron.Request) -> None:
         if 'device_id' in request.query:
