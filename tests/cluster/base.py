@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import os
 import socket
 import subprocess
 import sys
@@ -107,13 +106,12 @@ class ClusterTestCase(unittest.TestCase):
 
     def netns_of(self, pod: dict[str, Any]) -> str:
         """Return the path of the network namespace of a pod."""
-        machine = self.node_of(pod).machine
-        directory = machine.path('/run/netns')
-        for name in os.listdir(directory):
-            shown = machine.run('ip', '-netns', name, 'address', 'show',
-                                check=False).stdout
+        node = self.node_of(pod)
+        for name in node.sandboxes():
+            shown = node.machine.run('ip', '-netns', name, 'address', 'show',
+                                     check=False).stdout
             if ' %s/' % clusters.address(pod) in shown:
-                return os.path.join(directory, name)
+                return node.machine.path('/run/netns/' + name)
         raise AssertionError('no namespace has ' + clusters.address(pod))
 
     @staticmethod

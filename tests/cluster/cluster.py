@@ -107,10 +107,10 @@ class Cluster:
             stack.callback(node.halt)
             node.boot()
             node.install()
-        _at_once(self._start_openstack, self.plane.start_api,
-                 *(node.prepare for node in self.nodes))
-        _at_once(self.controller.start, self.plane.start_managers,
-                 *(node.start for node in self.nodes))
+        at_once(self._start_openstack, self.plane.start_api,
+                *(node.prepare for node in self.nodes))
+        at_once(self.controller.start, self.plane.start_managers,
+                *(node.start for node in self.nodes))
 
     @staticmethod
     def _make_lan() -> None:
@@ -254,7 +254,7 @@ def addresses(pod: dict[str, Any]) -> set[str]:
     return {each['ip'] for each in pod['status'].get('podIPs', ())}
 
 
-def _at_once(*calls: Callable[[], None]) -> None:
+def at_once(*calls: Callable[[], None]) -> None:
     """Call functions in threads, and wait for all of them.
 
     :raises Exception: the error of the first argument that failed

@@ -122,12 +122,12 @@ class Program:
     def terminate(self) -> None:
         self.kill(signal.SIGTERM)
 
-    def restart(self, away: float = 0, number: int = signal.SIGKILL) -> None:
+    def restart(self, away: float = 0) -> None:
         """Kill the program, and start it again.
 
         :param away: seconds between the end and the start
         """
-        self.kill(number)
+        self.kill()
         time.sleep(away)
         self.start()
 

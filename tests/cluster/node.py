@@ -8,11 +8,8 @@ import contextlib
 import ipaddress
 import json
 import os
-import signal
 import socket
 import subprocess
-
-import requests
 
 from tests.cluster import kubernetes
 from tests.cluster import machine as machines
@@ -103,10 +100,10 @@ class Node:
         self.daemon = add('kuryr-daemon', [
             bin_dir + '/kuryr-daemon', '--config-file', CONF],
             environ={'KUBERNETES_NODE_NAME': self.name, 'HOME': '/run'},
-            is_family=True, is_ready=self._daemon_answers)
+            is_family=True, is_ready=lambda: self._accepts(5036))
         self.agent = add('agent', [
             bin_dir + '/kuryr-break0', '--config-file', CONF, 'agent'],
-            is_ready=lambda: self._get('http://127.0.0.1:9817/livez'))
+            is_ready=lambda: self._accepts(9817))
 
     def boot(self) -> None:
         """Create the machine, and connect it to the LAN."""
@@ -184,7 +181,7 @@ class Node:
 
     def _use(self, bin_dir: str) -> None:
         self.daemon.command[0] = bin_dir + '/kuryr-daemon'
-        self.daemon.restart(number=signal.SIGTERM)
+        self.daemon.restart()
 
     def _is_node_ready(self) -> bool:
         answer = kubernetes.call('GET', kubernetes.path('nodes', self.name),
@@ -192,6 +189,10 @@ class Node:
         return answer.ok and any(
             each['type'] == 'Ready' and each['status'] == 'True'
             for each in answer.json()['status'].get('conditions', ()))
+
+    def sandboxes(self) -> list[str]:
+        """Return the names of the pods' network namespaces."""
+        return os.listdir(self.machine.path('/run/netns'))
 
     def recorded(self) -> set[str]:
         """Return the addresses that have a record in the ledger."""
@@ -221,19 +222,17 @@ class Node:
                               stderr=subprocess.STDOUT)
         assert not done.returncode, (command, done.stdout)
 
-    def _get(self, url: str) -> bool:
-        """Return whether a GET on the node succeeds."""
+    def _accepts(self, port: int) -> bool:
+        """Return whether a program of the node listens on a local port."""
         answers: list[bool] = []
 
-        def get() -> None:
-            with contextlib.suppress(requests.RequestException):
-                answers.append(requests.get(url, timeout=5).ok)
+        def connect() -> None:
+            with contextlib.suppress(OSError):
+                socket.create_connection(('127.0.0.1', port), 5).close()
+                answers.append(True)
 
-        lab.Lab.in_netns(get, self.name)
-        return answers == [True]
-
-    def _daemon_answers(self) -> bool:
-        return self._get('http://127.0.0.1:8090/alive')
+        lab.Lab.in_netns(connect, self.name)
+        return bool(answers)
 
     def break0(self, *args: str, check: bool = True) -> str:
         """Run kuryr-break0 on the node, and return its output."""

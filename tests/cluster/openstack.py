@@ -51,10 +51,14 @@ quota_port = -1
 
 #: Neutron parses the arguments of the process. A command such as
 #: waitress-serve would have arguments of its own, so the server runs by python
-#: -c.
+#: -c. It loads the policies before the first request. Otherwise the first
+#: request loads them, and requests of other threads meanwhile are answered as
+#: if no port and no subnet existed.
 SERVER = '''
-import waitress
+from neutron import policy
 from neutron.wsgi import api
+import waitress
+policy.init()
 waitress.serve(api.application, listen='%s:%d', threads=8)
 '''
 
