@@ -190,8 +190,10 @@ def advice() -> None:
     """Cause faults, and check that the doctor's commands correct them."""
     run('systemctl stop ' + AGENT)
     follow('agent-not-running')
-    # Before the agent serves metrics, SIGHUP can end it, and systemd starts
-    # it at most five times within ten seconds.
+    # systemd sends the SIGHUP of a reload only to an agent that handles it.
+    pid = run('systemctl show -P MainPID ' + AGENT)
+    run('systemctl reload ' + AGENT)
+    assert pid == run('systemctl show -P MainPID ' + AGENT)
     until(has_metrics)
     with open(SETTINGS) as file:
         text = file.read()

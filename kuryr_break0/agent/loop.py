@@ -15,6 +15,7 @@ from kuryr_break0.agent import cni_server
 from kuryr_break0.agent.event_filter import EventFilter
 from kuryr_break0.agent import http
 from kuryr_break0.agent.metrics import Metrics
+from kuryr_break0.agent import service
 from kuryr_break0.break0 import guard
 from kuryr_break0 import config
 from kuryr_break0.discovery import engines
@@ -112,6 +113,8 @@ class Agent:
         with kernel.Events() as events, contextlib.closing(
                 self._server), contextlib.closing(
                 self._cni), _open_nft_events() as self._nft_events:
+            # Signals are handled from here on. The first sync can take long.
+            service.notify_ready()
             while not self._is_stopping:
                 self._run_with_options(events, woken)
         LOG.info('The agent ends')

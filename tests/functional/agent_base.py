@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import subprocess
 from typing import Any, Callable
 
@@ -41,13 +42,19 @@ class AgentTestCase(base.LabTestCase):
         self.bind(*sorted(PODS - {POD}), mac_of_pod=MAC)
         self.bind(POD, netns=self.netns, mac_of_pod=MAC)
 
-    def start(self) -> subprocess.Popen[str]:
+    def launch(self, **environ: str) -> subprocess.Popen[str]:
+        """Start the agent with additional environment variables."""
         agent = program.start(
             [program.BREAK0, '--config-file', CONF,
              '--log-file', '/run/agent.log',
-             'agent'])
+             'agent'], env={**os.environ, **environ})
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
+        return agent
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start the agent, and wait for its first sync."""
+        agent = self.launch()
         self.wait_for(lambda: metrics.value('sync_seconds_count'))
         return agent
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+import socket
 import subprocess
 import sys
 from typing import Callable
@@ -349,6 +350,30 @@ class TestProcess(AgentTestCase):
             address['local'] for link in self.lab.ip(
                 'address', 'show', 'dev', 'break0')
             for address in link.get('addr_info', ())})
+
+    def test_a_reload_once_systemd_knows_its_start(self) -> None:
+        for address in '/run/notify', '\0notify':
+            with self.subTest(address), socket.socket(
+                    socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+                systemd.bind(address)
+                systemd.settimeout(lab.PATIENCE)
+                self.agent.kill()
+                self.agent.wait()
+                self.agent = self.launch(
+                    NOTIFY_SOCKET=address.replace('\0', '@'))
+                self.assertEqual(b'READY=1', systemd.recv(100))
+                before = self.log().count('Read the configuration again')
+                self.agent.send_signal(signal.SIGHUP)
+                self.wait_for(lambda: self.log().count(
+                    'Read the configuration again') > before)
+
+    def test_systemd_cannot_be_told(self) -> None:
+        self.agent.kill()
+        self.agent.wait()
+        self.agent = self.launch(NOTIFY_SOCKET='/run/nobody')
+        self.wait_for(lambda: metrics.value('sync_seconds_count'))
+        self.assertIn('Cannot tell systemd by $NOTIFY_SOCKET, /run/nobody, '
+                      'that the agent has started: ', self.log())
 
     def test_the_timer(self) -> None:
         with open(CONF, 'w') as file:

@@ -112,9 +112,9 @@ class TestUnit(unittest.TestCase):
         self.assertEqual(str(common.USAGE),
                          service['RestartPreventExitStatus'])
 
-    def test_a_reload_while_it_starts_is_no_end(self) -> None:
+    def test_a_reload_waits_until_it_handles_signals(self) -> None:
         service = parsed('systemd', 'system', UNIT)['Service']
-        self.assertEqual('SIGHUP', service['RestartForceExitStatus'])
+        self.assertEqual('notify', service['Type'])
 
     def test_exposure(self) -> None:
         # The exposure ranges from 0 to 100, the exposure of a service without
