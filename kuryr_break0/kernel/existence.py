@@ -114,7 +114,7 @@ class Judge:
         is_absent = False
         if namespace.cookie is not None:
             try:
-                os.close(namespaces.open_by_number(namespace))
+                os.close(namespaces.open_by_cookie(namespace))
                 return LIVING
             except OSError as err:
                 is_absent = err.errno == errno.ESTALE
@@ -295,7 +295,7 @@ def _opens_by_number(path: str) -> Optional[bool]:
         if namespace.cookie is None:
             return None
         try:
-            os.close(namespaces.open_by_number(namespace))
+            os.close(namespaces.open_by_cookie(namespace))
             return True
         except OSError:
             if namespaces.identify_or_fail(path).is_same(namespace):

@@ -120,7 +120,7 @@ def _file(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def open_by_number(namespace: model.NamespaceId) -> int:
+def open_by_cookie(namespace: model.NamespaceId) -> int:
     """Open a namespace by its cookie.
 
     :returns: a file descriptor
@@ -157,7 +157,7 @@ def open_namespace(netns: str, expected: Optional[model.NamespaceId] = None
             try:
                 if expected is None or expected.cookie is None:
                     raise
-                fd = open_by_number(expected)
+                fd = open_by_cookie(expected)
                 stack.callback(os.close, fd)
             except OSError as last:
                 if {err.errno, last.errno} & exceptions.RESOURCE_ERRNOS:

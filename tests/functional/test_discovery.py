@@ -101,7 +101,7 @@ class TestFinding(DiscoveryTestCase):
         if known.cookie is None:
             self.skipTest('needs numbers of namespaces, Linux 6.18')
         try:
-            os.close(kernel.namespaces.open_by_number(known))
+            os.close(kernel.namespaces.open_by_cookie(known))
         except OSError:
             self.skipTest('needs the first process namespace, as from Linux '
                           '7.0 on only that shows namespaces by their numbers')

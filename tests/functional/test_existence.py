@@ -68,7 +68,7 @@ class TestJudge(base.LabTestCase):
     def test_living(self) -> None:
         self.assertIs(kernel.State.LIVING, self.judge())
         self.assertIs(kernel.State.LIVING, self.judge(cookie=None))
-        with mock.patch.object(namespaces, 'open_by_number',
+        with mock.patch.object(namespaces, 'open_by_cookie',
                                side_effect=OSError(errno.ESTALE, '')):
             self.assertIs(kernel.State.LIVING, self.judge())
 
