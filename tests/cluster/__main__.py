@@ -18,7 +18,7 @@ from tools import parallel
 
 #: The tests that ``--core`` runs.
 CORE = (
-    'test_workloads.TestDeployment.test_many_pods_of_one_node_at_once',
+    'test_workloads.TestDeployment.test_many_pods_deleted_by_force',
     'test_workloads.TestTwoNodes', 'test_faults.TestBreak0.test_deleted',
     'test_restarts.TestRestarts.test_kuryr_daemon',
     'test_faults.TestReboot')

@@ -26,8 +26,7 @@ from tests.cluster import kubernetes
 from tests.cluster import node as nodes
 from tests.support import lab
 
-# kubelet deletes the sandboxes of a node one by one, and Kuryr waits for 5 s
-# within each DEL after the deletion of the pod (k8s_cni_registry.py).
+# The deletion of 30 pods without force takes six minutes.
 lab.PATIENCE = max(lab.PATIENCE, 600)
 
 _stack = contextlib.ExitStack()
@@ -83,16 +82,10 @@ class ClusterTestCase(unittest.TestCase):
             for pod in pods)
 
     def _delete_all(self) -> None:
-        for plural in ('deployments', 'statefulsets', 'cronjobs', 'jobs',
-                       'pods'):
-            for name in kubernetes.names(plural):
-                kubernetes.delete(plural, name, check=False)
         for name in kubernetes.names('services'):
             if name != 'kubernetes':
                 kubernetes.delete('services', name)
-        self.until(lambda: not kubernetes.names('pods')
-                   and not self.cluster.leftovers(), lambda: '\n'.join(
-            self.cluster.leftovers() + [self.cluster.report()]))
+        self.cluster.delete_by_force()
         kubernetes.kubectl(self.control, 'delete', 'events', '--all')
 
     def until(self, condition: Callable[[], Any],

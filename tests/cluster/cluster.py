@@ -164,6 +164,28 @@ class Cluster:
                 check=False).stdout[-3000:],
             'The logs of all programs are in ' + self.logs])
 
+    def delete_by_force(self) -> None:
+        """Delete all workloads with their pods, without waiting for kubelet.
+
+        Without force, a pod stays in the API until kubelet has removed its
+        sandbox. kubelet removes the sandboxes of a node one by one, and Kuryr
+        waits for 5 s within each DEL (k8s_cni_registry.py).
+        """
+        for plural in ('deployments', 'statefulsets', 'cronjobs', 'jobs'):
+            for name in kubernetes.names(plural):
+                kubernetes.delete(plural, name, check=False)
+        # Until then, a controller replaces each deleted pod.
+        lab.until(lambda: all(
+            'deletionTimestamp' in pod['metadata']
+            or 'ownerReferences' not in pod['metadata']
+            for pod in kubernetes.items('pods')), self.report)
+        for name in kubernetes.names('pods'):
+            kubernetes.delete('pods', name, 0, check=False)
+        lab.until(lambda: not kubernetes.names('pods')
+                  and not self.leftovers()
+                  and not any(node.sandboxes() for node in self.nodes),
+                  lambda: '\n'.join([*self.leftovers(), self.report()]))
+
     def leftovers(self) -> list[str]:
         """Return the leftover and the missing items of the pods.
 

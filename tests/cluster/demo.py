@@ -143,26 +143,8 @@ class Demo:
         self.show_probes()
         self.check('a pod is ready without break0',
                    not self.cluster.ready('web'))
-        self.delete_by_force()
+        self.cluster.delete_by_force()
         kubernetes.kubectl(self.cluster.control, 'delete', 'events', '--all')
-
-    def delete_by_force(self) -> None:
-        """Delete the Deployment, and do not wait for kubelet.
-
-        kubelet removes sandboxes once a minute, and only then the API removes
-        a pod that was deleted without force.
-        """
-        kubernetes.delete('deployments', 'web')
-        # Until then, the Deployment replaces each pod that is removed.
-        lab.until(lambda: all('deletionTimestamp' in pod['metadata']
-                              for pod in self.cluster.pods('web')),
-                  self.cluster.report)
-        for name in kubernetes.names('pods', 'app=web'):
-            kubernetes.delete('pods', name, 0, check=False)
-        lab.until(lambda: not self.cluster.pods('web')
-                  and not self.cluster.neutron.pods()
-                  and not any(node.sandboxes() for node in self.cluster.nodes),
-                  self.cluster.report)
 
     def run_break0(self) -> None:
         self.say('2. The same Deployment with kuryr-break0 installed.')
@@ -191,9 +173,7 @@ class Demo:
 
     def run_deletion(self) -> None:
         self.say('3. After the Deployment was deleted.')
-        self.delete_by_force()
-        lab.until(lambda: not self.cluster.leftovers(),
-                  lambda: '\n'.join(self.cluster.leftovers()))
+        self.cluster.delete_by_force()
         print('No route, neighbour, guard entry, record or Neutron port is '
               'left.', flush=True)
 

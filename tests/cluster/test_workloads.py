@@ -17,7 +17,8 @@ MANY = 30
 
 class TestDeployment(base.ClusterTestCase):
 
-    def test_many_pods_of_one_node_at_once(self) -> None:
+    def deploy_many(self) -> None:
+        """Start many pods on the first node, which has routes for them."""
         pods = self.deploy('web', MANY, self.first)
         self.assertEqual(set().union(*map(clusters.addresses, pods)),
                          self.first.routes())
@@ -25,6 +26,9 @@ class TestDeployment(base.ClusterTestCase):
         for pod in pods:
             self.assertEqual(pod['metadata']['name'], self.fetch(
                 clusters.address(pod), self.first.name))
+
+    def test_many_pods_scaled_to_zero(self) -> None:
+        self.deploy_many()
         kubernetes.patch('deployments', 'web', {'spec': {'replicas': 0}})
         self.until(lambda: not self.cluster.pods('web')
                    and not self.cluster.leftovers())
@@ -38,8 +42,8 @@ class TestDeployment(base.ClusterTestCase):
                    and not old & set(kubernetes.names('pods')))
         self.assert_all_reach(self.cluster.pods('web'))
 
-    def test_deletion_by_force(self) -> None:
-        self.deploy('web', MANY // 2, self.first)
+    def test_many_pods_deleted_by_force(self) -> None:
+        self.deploy_many()
         kubernetes.patch('deployments', 'web', {'spec': {'replicas': 0}})
         kubernetes.kubectl(self.control, 'delete', 'pods', '--all',
                            '--grace-period=0', '--force', '--wait=false')
