@@ -56,9 +56,7 @@ class Reconciler:
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
         self._ledger = ledger
-        self._records = ledger.records
         self._engine = transitions.Engine(options, ledger)
-        self._devices = self._engine.devices
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:
@@ -73,66 +71,84 @@ class Reconciler:
         :returns: the changes, and the errors; after a dry run, the changes
             that are necessary
         """
-        self._dry_run, self._claim, self._prune = dry_run, claim, prune
-        self._failure = failures.Failures()
-        self._repaired: list[tuple[str, str]] = []
-        #: the items of all plans that were set or deleted
-        self._applied: set[model.Item] = set()
+        failure = failures.Failures()
         outcome = Outcome()
-        with self._failure.collect(), kernel.Netlink() as self._netlink, \
-                uncollected():
-            outcome = self._sync()
-        return dataclasses.replace(outcome, errors=tuple(self._failure.errors))
+        with failure.collect(), kernel.Netlink() as netlink, uncollected():
+            outcome = _Sync(self._options, self._ledger, self._engine, netlink,
+                            failure, dry_run, claim, prune).run()
+        return dataclasses.replace(outcome, errors=tuple(failure.errors))
 
-    def _sync(self) -> Outcome:
+
+@dataclasses.dataclass
+class _Sync:
+    """One sync, with the arguments of Reconciler.sync.
+
+    :ivar failure: collects the errors
+    :ivar repaired: the repairs of break0s: device and text
+    :ivar applied: the items of all plans that were set or deleted
+    """
+
+    options: config.Options
+    ledger: Ledger
+    engine: transitions.Engine
+    netlink: kernel.Netlink
+    failure: failures.Failures
+    dry_run: bool
+    claim: bool
+    prune: bool
+    repaired: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    applied: set[model.Item] = dataclasses.field(default_factory=set)
+
+    def run(self) -> Outcome:
+        """Do the steps of a sync; return the outcome without its errors."""
         began = files.now()
         snapshot = self._read()
-        if not self._dry_run:
+        if not self.dry_run:
             self._tidy(snapshot)
         if self._ensure_devices(snapshot):
             snapshot = self._read()
         lost = self._lost(snapshot)
         rebuilt = [record for record in lost
-                   if self._dry_run or self._put_rebuilt(record)]
+                   if self.dry_run or self._put_rebuilt(record)]
         # Even if no record was rebuilt here, another sync may have rebuilt it.
-        if lost and not self._dry_run:
+        if lost and not self.dry_run:
             snapshot = self._read()
         plans = {name: self._plan(snapshot, parent, rebuilt)
                  for name, parent in snapshot.parents.items()}
         for address, reason in snapshot.refused.items():
-            LOG.error('%s', policy.Policy(self._options).refused(
+            LOG.error('%s', policy.Policy(self.options).refused(
                 address, reason))
         for plan in plans.values():
             for route in plan.foreign:
                 LOG.error('%s', routes.foreign_route(route))
-        ended = self._ledger.list_ended()
+        ended = self.ledger.list_ended()
         by_del = released.by_del(snapshot, ended)
-        if not self._dry_run:
+        if not self.dry_run:
             self._note(snapshot)
-            released.drop(by_del, self._engine, self._ledger, self._failure)
+            released.drop(by_del, self.engine, self.ledger, self.failure)
             if ended:
-                with self._failure.collect(), self._ledger.lock():
-                    self._ledger.delete_ends(began)
+                with self.failure.collect(), self.ledger.lock():
+                    self.ledger.delete_ends(began)
             # If the sandbox of the newest claim is gone, the next claim gets
             # the address.
             moved = {record.address for record in snapshot.gone if record
                      == snapshot.contents.claims[record.address][0]}
-            self._engine.remove_gone(moved, self._failure)
-            self._applied.update(item for plan in plans.values()
-                                 for item in (*plan.set, *plan.unset)
-                                 if item.dst in moved - self._failure.failed)
+            self.engine.remove_gone(moved, self.failure)
+            self.applied.update(item for plan in plans.values()
+                                for item in (*plan.set, *plan.unset)
+                                if item.dst in moved - self.failure.failed)
             for name, parent in snapshot.parents.items():
                 self._apply(parent, plans[name], snapshot, moved)
-            self._engine.remove_gone(
+            self.engine.remove_gone(
                 {record.address for record in snapshot.gone} - moved,
-                self._failure)
+                self.failure)
             self._note_taps(snapshot)
-        pods = self._engine.pods.repair(
-            self._interfaces(snapshot, by_del), self._failure, self._dry_run,
+        pods = self.engine.pods.repair(
+            self._interfaces(snapshot, by_del), self.failure, self.dry_run,
             snapshot.contents.unreadable)
         by_pods = released.by_change(pods.released)
-        if not self._dry_run:
-            released.drop(by_pods, self._engine, self._ledger, self._failure)
+        if not self.dry_run:
+            released.drop(by_pods, self.engine, self.ledger, self.failure)
         return dataclasses.replace(
             self._outcome(snapshot, plans, rebuilt),
             released={**by_del, **by_pods}, pods=tuple(pods.changed),
@@ -150,7 +166,7 @@ class Reconciler:
                           if item.dst not in rebuilt_addresses)
         if self._is_skipped(parent):
             return Plan(unclaimed=unclaimed)
-        if not self._prune:
+        if not self.prune:
             return dataclasses.replace(plan, unclaimed=unclaimed)
         return dataclasses.replace(plan, unclaimed=(),
                                    unset=(*plan.unset, *unclaimed))
@@ -162,19 +178,19 @@ class Reconciler:
         deleted: list[model.Item] = []
         for name, parent in snapshot.parents.items():
             applied = [[item for item in items
-                        if self._dry_run or item in self._applied]
+                        if self.dry_run or item in self.applied]
                        for items in (plans[name].set, plans[name].unset)]
             added += applied[0]
             deleted += applied[1]
             for text in () if parent.guard else problems.guard_text(*applied):
-                self._repaired.append((parent.device, text))
-                if not self._dry_run:
+                self.repaired.append((parent.device, text))
+                if not self.dry_run:
                     LOG.info('Repaired %s: %s', parent.device, text)
         return Outcome(
             tuple(added), tuple(deleted),
             tuple(route for plan in plans.values() for route in plan.foreign),
             tuple(item for plan in plans.values() for item in plan.unclaimed),
-            devices=tuple(self._repaired), rebuilt=tuple(rebuilt),
+            devices=tuple(self.repaired), rebuilt=tuple(rebuilt),
             gone=snapshot.gone, unjudged=snapshot.unjudged,
             refused=snapshot.refused)
 
@@ -192,27 +208,27 @@ class Reconciler:
 
     def _tidy(self, snapshot: Snapshot) -> None:
         """Quarantine damaged records, and delete unfinished files."""
-        with self._ledger.lock():
+        with self.ledger.lock():
             if snapshot.contents.damaged:
-                self._records.addresses()
+                self.ledger.records.addresses()
             for address in snapshot.contents.unreadable:
-                with self._failure.collect(), contextlib.suppress(
+                with self.failure.collect(), contextlib.suppress(
                         exceptions.RecordNewer):
-                    self._records.claims(address)
-            self._records.delete_unfinished()
+                    self.ledger.records.claims(address)
+            self.ledger.records.delete_unfinished()
 
     def _note(self, snapshot: Snapshot) -> None:
         """Cache next hops for the next bind; warn about unjudged sandboxes."""
         # The number and the example in the text can change in each sync, so
         # warn_once() compares the constant 'some' instead.
-        self._devices.warn_once(
+        self.engine.devices.warn_once(
             'unjudged', problems.unjudged_text(snapshot), 'some')
-        self._ledger.cache.put('next_hops', sorted(map(
+        self.ledger.cache.put('next_hops', sorted(map(
             str, snapshot.routes.next_hops)))
-        self._ledger.cache.put('through_break0', sorted(map(
+        self.ledger.cache.put('through_break0', sorted(map(
             str, snapshot.routes.left_out)))
-        self._ledger.add_next_hops(snapshot.routes.next_hops
-                                   | snapshot.routes.left_out)
+        self.ledger.add_next_hops(snapshot.routes.next_hops
+                                  | snapshot.routes.left_out)
 
     def _note_taps(self, snapshot: Snapshot) -> None:
         """Record the macvtaps of VMs that were started after their bind."""
@@ -223,8 +239,8 @@ class Reconciler:
             tap = taps.get(str(record.mac))
             if tap is None:
                 continue
-            with self._failure.collect(), self._ledger.lock():
-                self._records.update_newest(record, tap=tap)
+            with self.failure.collect(), self.ledger.lock():
+                self.ledger.records.update_newest(record, tap=tap)
 
     def _claims(self, parent: Parent) -> bool:
         """Return whether to take over the break0 of another ledger.
@@ -234,7 +250,7 @@ class Reconciler:
         alias that names the state directory.
         """
         return parent.ownership is Ownership.LOST or (
-            self._claim and parent.ownership is Ownership.OTHER)
+            self.claim and parent.ownership is Ownership.OTHER)
 
     def _is_skipped(self, parent: Parent) -> bool:
         """Return whether to skip a break0, because another ledger owns it.
@@ -243,10 +259,10 @@ class Reconciler:
         show the changes on it.
         """
         return parent.ownership.is_foreign and not (
-            self._dry_run and self._claims(parent))
+            self.dry_run and self._claims(parent))
 
     def _read(self) -> Snapshot:
-        return actual.read(self._options, self._ledger, self._netlink,
+        return actual.read(self.options, self.ledger, self.netlink,
                            ways=False)
 
     def _ensure_devices(self, snapshot: Snapshot) -> bool:
@@ -258,12 +274,12 @@ class Reconciler:
         for parent in snapshot.parents.values():
             claim = self._claims(parent)
             if parent.conflict is not None:
-                if parent.live or parent.name == self._options.parent:
-                    self._failure.add(parent.conflict)
+                if parent.live or parent.name == self.options.parent:
+                    self.failure.add(parent.conflict)
                 continue
             if parent.other is not None and not claim:
-                if parent.live or (self._prune and parent.plan.unclaimed):
-                    self._failure.add(self._devices.other_ledger(
+                if parent.live or (self.prune and parent.plan.unclaimed):
+                    self.failure.add(self.engine.devices.other_ledger(
                         parent.device, parent.other))
                 continue
             if not parent.live and not claim:
@@ -277,21 +293,21 @@ class Reconciler:
                 texts.append('it belonged to the ledger %s in %s'
                              % parent.other)
             repaired = [(parent.device, text) for text in texts]
-            if self._dry_run or not texts:
-                self._repaired += repaired
+            if self.dry_run or not texts:
+                self.repaired += repaired
                 continue
             is_changed = True
-            with self._failure.collect(), self._ledger.lock():
+            with self.failure.collect(), self.ledger.lock():
                 # All pods of the parent may have been unbound meanwhile.
-                if claim or any(map(self._records.get, parent.live)):
-                    self._devices.ensure(
-                        self._netlink, parent.name, claim, parent.device,
+                if claim or any(map(self.ledger.records.get, parent.live)):
+                    self.engine.devices.ensure(
+                        self.netlink, parent.name, claim, parent.device,
                         any(address.version == 6 for address in parent.live))
-                    guard = Guard(self._options, self._ledger, parent.device)
+                    guard = Guard(self.options, self.ledger, parent.device)
                     # If the guard cannot be loaded, it was not repaired, and
                     # ensure() has logged the error.
                     is_lost = guard.is_wanted and not guard.is_possible
-                    self._repaired += [
+                    self.repaired += [
                         each for each in repaired
                         if not is_lost or each[1] != parent.guard]
         return is_changed
@@ -299,18 +315,18 @@ class Reconciler:
     def _lost(self, snapshot: Snapshot) -> list[model.Record]:
         """Return new records for unclaimed items of pods."""
         return list(rebuild.find(
-            self._options, snapshot, [
+            self.options, snapshot, [
                 parent for parent in snapshot.parents.values()
                 if not self._is_skipped(parent)]))
 
     def _put_rebuilt(self, record: model.Record) -> bool:
-        with self._failure.collect(), self._ledger.lock():
+        with self.failure.collect(), self.ledger.lock():
             # A bind or a newer release may have written the record meanwhile.
-            if self._records.exists(record.address):
+            if self.ledger.records.exists(record.address):
                 return False
-            self._ledger.ensure_identity()
-            self._records.put([record])
-            self._ledger.journal.add(Done.REBUILT)
+            self.ledger.ensure_identity()
+            self.ledger.records.put([record])
+            self.ledger.journal.add(Done.REBUILT)
             LOG.warning('Rebuilt the lost record of %s: its owner is the '
                         'interface %s on %s in %s', record.address,
                         record.owner.ifname, record.parent, record.netns)
@@ -326,14 +342,14 @@ class Reconciler:
         """
         if parent.link is None or self._is_skipped(parent):
             return  # there is no break0, or another ledger owns it
-        guard = Guard(self._options, self._ledger, parent.device)
+        guard = Guard(self.options, self.ledger, parent.device)
         works = _works(parent, plan, moved)
         unread = {work.address for work in works}
         for start in range(0, len(works), CHANGED_AT_ONCE):
             read: set[model.IPAddress] = set()
             applied = None
-            with self._failure.collect(), self._ledger.lock():
-                applied = apply(self._netlink, guard, [
+            with self.failure.collect(), self.ledger.lock():
+                applied = apply(self.netlink, guard, [
                     work for work in works[start:start + CHANGED_AT_ONCE]
                     if self._is_ready(work, plan, snapshot, read)])
             if applied is None:
@@ -341,26 +357,26 @@ class Reconciler:
             if applied.guard_error is None:
                 unread -= read
             else:
-                self._failure.add(applied.guard_error)
+                self.failure.add(applied.guard_error)
             for address, err in applied.errors.items():
-                self._failure.add(err, address)
-            self._applied |= applied.items
-            log_repairs(parent.device, applied, self._ledger.journal)
+                self.failure.add(err, address)
+            self.applied |= applied.items
+            log_repairs(parent.device, applied, self.ledger.journal)
             if applied.is_device_lost:
                 break  # other addresses would get the same error
             # Before a pod had its route, the node may have asked the LAN for
             # the pod's MAC address. If so, the kernel may still hold packets.
-            with self._failure.collect():
+            with self.failure.collect():
                 guard.release(
-                    self._netlink, kernel.find_ifindex(parent.name), {
+                    self.netlink, kernel.find_ifindex(parent.name), {
                         work.address: work.claim.mac for work in applied.works
                         if work.claim and applied.items.intersection(
                             model.of_kind(model.HostRoute, work.set))})
         else:
             if parent.guard and not unread and guard.is_there():
-                with self._failure.collect(), self._ledger.lock():
-                    self._devices.ensure_guard(
-                        self._netlink, parent.link,
+                with self.failure.collect(), self.ledger.lock():
+                    self.engine.devices.ensure_guard(
+                        self.netlink, parent.link,
                         kernel.find_ifindex(parent.name), is_filled=True)
 
     def _is_ready(self, work: Work, plan: Plan, snapshot: Snapshot,
@@ -370,8 +386,8 @@ class Reconciler:
         :param read: a set; the method adds the address if the claims can be
             read
         """
-        with self._failure.collect(work.address):
-            is_as_read = snapshot.contents.is_still(self._records,
+        with self.failure.collect(work.address):
+            is_as_read = snapshot.contents.is_still(self.ledger.records,
                                                     work.address)
             read.add(work.address)
             return is_as_read
