@@ -11,26 +11,33 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from typing import Any
 import unittest
 
 from tools import parallel
 
-#: The tests that ``--core`` runs.
-CORE = (
-    'test_workloads.TestDeployment.test_many_pods_deleted_by_force',
-    'test_workloads.TestTwoNodes', 'test_faults.TestBreak0.test_deleted',
-    'test_restarts.TestRestarts.test_kuryr_daemon',
-    'test_faults.TestReboot')
-
 #: The tests that ``--releases`` runs, with each release of Kuryr.
 RELEASES = (
-    'test_workloads.TestDeployment', 'test_faults.TestBreak0.test_deleted',
-    'test_restarts.TestRestarts.test_kuryr_daemon')
+    'test_workloads.TestDeployment.test_many_pods_deleted_by_force',
+    'test_workloads.TestDeployment.test_rollout',
+    'test_faults.TestBreak0.test_deleted')
+
+#: The tests that ``--core`` runs.
+CORE = (*RELEASES, 'test_workloads.TestTwoNodes.test_all_reach_all',
+        'test_restarts.TestRestarts.test_agent')
 
 
 class Result(unittest.TextTestResult):
-    """Prints a failure at once, because the tests take minutes."""
+    """Prints the duration of a test, and a failure at once."""
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        super().startTest(test)
+        self._began = time.monotonic()
+
+    def stopTest(self, test: unittest.TestCase) -> None:
+        super().stopTest(test)
+        print('  after %d s' % (time.monotonic() - self._began), flush=True)
 
     def addFailure(self, test: unittest.TestCase, err: Any) -> None:
         super().addFailure(test, err)
