@@ -120,6 +120,9 @@ class Node:
                   'address', self.mac, 'type', 'veth', 'peer', 'name',
                   self._port)
         self._lan('ip', 'link', 'set', self._port, 'master', 'lan', 'up')
+        # Kubernetes needs this of a node: packets for a NodePort are forwarded
+        # to the pod.
+        run('sysctl', '--quiet', '--write', 'net.ipv4.ip_forward=1')
         run('ip', 'link', 'set', self.parent, 'up')
         run('ip', 'address', 'add', self.address + '/24', 'dev', self.parent)
         run('ip', 'address', 'add', self.address6 + '/64', 'dev', self.parent,
