@@ -137,8 +137,8 @@ def configure() -> None:
     with open(SETTINGS, 'w') as file:
         file.write(text.replace('# allowed_cidrs =', 'allowed_cidrs = nothing'
                                 '\n#'))
-    run('systemctl restart ' + AGENT)
-    until(lambda: state() == 'failed')
+    assert fails('systemctl restart ' + AGENT)
+    assert state() == 'failed', state()
     assert 'nothing' in journal(), journal()
     with open(SETTINGS, 'w') as file:
         file.write(text)
