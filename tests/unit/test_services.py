@@ -99,7 +99,12 @@ class TestUnit(unittest.TestCase):
         # Later targets, such as network-online.target, may depend on a bound
         # container.
         self.assertEqual(['network.target'], unit['After'].split())
-        self.assertEqual({'After', 'Description', 'Documentation'}, set(unit))
+        self.assertEqual({'After', 'Description', 'Documentation',
+                          'StartLimitIntervalSec'}, set(unit))
+
+    def test_an_upgrade_after_several_restarts_starts_it(self) -> None:
+        unit = parsed('systemd', 'system', UNIT)['Unit']
+        self.assertEqual('0', unit['StartLimitIntervalSec'])
 
     def test_reload_needs_no_package(self) -> None:
         service = parsed('systemd', 'system', UNIT)['Service']
