@@ -142,6 +142,9 @@ class ClusterTestCase(unittest.TestCase):
         # address detection has ended for its IPv6 address.
         self.until(lambda: not any(
             self.has_tentative(self.netns_of(pod)) for pod in pods))
+        # The LAN can still have the MAC address of an earlier pod with the
+        # same address, and would ask again only after some seconds.
+        subprocess.run(['ip', 'neighbour', 'flush', 'dev', 'lan'], check=True)
         for pod in pods:
             for address in clusters.addresses(pod):
                 for name, netns in places.items():
