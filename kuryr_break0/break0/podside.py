@@ -222,21 +222,6 @@ def repair(records: Collection[model.Record], node: model.NodeAddresses,
         return Differences(side.repair(node, dry_run), side.missing())
 
 
-def has_lost_interface(record: model.Record, options: config.Options) -> bool:
-    """Return whether the namespace of a record lacks the interface.
-
-    Return False if the namespace cannot be entered or read.
-    """
-    try:
-        with entered(record) as netlink:
-            PodSide(netlink, [record], options)
-    except exceptions.InterfaceGone:
-        return True
-    except exceptions.Break0Error:
-        pass  # an error does not prove that the interface is gone
-    return False
-
-
 def withdraw(record: model.Record, options: config.Options,
              is_bound: Callable[[model.IPAddress], bool] = (
                  lambda address: False),

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from typing import Callable, Collection, Iterable, Optional
+import functools
+from typing import (Callable, Collection, Iterable, Iterator, NamedTuple,
+                    Optional)
 
 from kuryr_break0.break0.devices import Break0
 from kuryr_break0.break0.devices import Devices
@@ -44,6 +46,20 @@ LOG = log.get_logger(__name__)
 
 #: A function with the arguments of LOG.info, which may delay the log line.
 LogInfo = Callable[..., None]
+
+
+class _Found(NamedTuple):
+    """The routes that a bind has found.
+
+    :ivar sources: the source address of each route to set; None lets the
+        kernel choose
+    :ivar existing: the addresses whose route exists, with the same metric
+    :ivar blocked: the addresses that have a route of another program
+    """
+
+    sources: dict[model.IPAddress, Optional[model.IPAddress]]
+    existing: set[model.IPAddress]
+    blocked: set[model.IPAddress]
 
 
 class Engine:
@@ -314,9 +330,46 @@ class Engine:
             return None
         first = next(iter(records))
         break0 = self.devices.get(netlink, first.parent)
-        sources: dict[model.IPAddress, Optional[model.IPAddress]] = {}
-        existing: set[model.IPAddress] = set()
-        blocked: set[model.IPAddress] = set()
+        found = self._look_up_routes(netlink, break0, records, failure)
+        for address, transition in transitions.items():
+            if address in found.blocked or any(
+                    claim.parent != first.parent
+                    for claim in transition.before):
+                kept = set() if address in found.blocked else {break0.name}
+                with failure.collect(address):
+                    self._withdraw(
+                        netlink, address, self.devices.names(recorded=True)
+                        - kept, transition.before, transition.after)
+        self._apply_bind(netlink, break0, first.parent, functools.partial(
+            self._works, break0, records, transitions, found,
+            frozenset(failure.failed)), failure)
+        bound = [record for record in records
+                 if record.address in found.sources
+                 and record.address not in failure.failed]
+        for record in bound:
+            log_info('Bound %s to %s for %s, source %s', record.address,
+                     break0.name, record.owner_text,
+                     found.sources[record.address] or 'chosen by the kernel')
+        if first.netns is not None and bound:
+            siblings = self.pods.configure(
+                bound, self.pods.node_addresses(
+                    netlink, break0, first.parent,
+                    set(found.sources.values())))
+            self._apply(netlink, break0, [
+                Work(address, tuple(items)) for address, items
+                in model.by_address(pairs(siblings)).items()], failure)
+        # Before the bind, the node may have asked the LAN for the pods' MAC
+        # addresses. If so, the kernel may still hold packets to the pods.
+        self._guard(break0.name).release(
+            netlink, kernel.find_ifindex(first.parent),
+            {record.address: record.mac for record in bound})
+        return break0
+
+    def _look_up_routes(self, netlink: kernel.Netlink, break0: Break0,
+                        records: Iterable[model.Record],
+                        failure: failures.Failures) -> _Found:
+        """Choose a source address for each route; look up present routes."""
+        found = _Found({}, set(), set())
         for record in records:
             address = record.address
             with failure.collect(address):
@@ -333,48 +386,55 @@ class Engine:
                 try:
                     routes.require_free(route, filter(None, [present]))
                 except exceptions.ForeignRoute:
-                    blocked.add(address)
+                    found.blocked.add(address)
                     raise
-                sources[address] = route.src
+                found.sources[address] = route.src
                 if present and (present.table, present.metric) == (
                         route.table, route.metric):
-                    existing.add(address)
-        for address, transition in transitions.items():
-            if address in blocked or any(claim.parent != first.parent
-                                         for claim in transition.before):
-                kept = set() if address in blocked else {break0.name}
-                with failure.collect(address):
-                    self._withdraw(
-                        netlink, address, self.devices.names(recorded=True)
-                        - kept, transition.before, transition.after)
-        refused = [record for record in records
-                   if record.address in failure.failed]
-        admitted = model.by_address(pairs(record for record in records
-                                          if record not in refused))
-        earlier = model.by_address(pairs([*refused, *(
-            claim for transition in transitions.values()
-            for claim in transition.before)]))
+                    found.existing.add(address)
+        return found
 
-        def work(record: model.Record) -> Work:
+    def _works(self, break0: Break0, records: Iterable[model.Record],
+               transitions: dict[model.IPAddress, Transition], found: _Found,
+               failed: Collection[model.IPAddress]) -> Iterator[Work]:
+        """Yield the works that set the items of the addresses.
+
+        :param failed: the addresses that the guard must not admit
+        """
+        admitted = model.by_address(pairs(
+            record for record in records if record.address not in failed))
+        earlier = model.by_address(pairs([
+            *(record for record in records if record.address in failed),
+            *(claim for transition in transitions.values()
+              for claim in transition.before)]))
+        for record in records:
             address = record.address
             items: list[model.Item] = [*admitted.get(address, ())]
             unset: list[model.Item] = [
                 each for each in earlier.get(address, ())
                 if each not in items]
-            if address in sources:
+            if address in found.sources:
                 items += self._policy.items(record, break0.index,
-                                            sources[address])
+                                            found.sources[address])
                 if record.mac is None:  # delete an earlier pod's neighbour
                     unset.append(model.Neighbour(
                         address, break0.index, '', None))
-            return Work(address, tuple(items), tuple(unset), record,
-                        is_new=address not in existing)
+            yield Work(address, tuple(items), tuple(unset), record,
+                       is_new=address not in found.existing)
 
-        applied = self._apply(netlink, break0, map(work, records), failure)
+    def _apply_bind(self, netlink: kernel.Netlink, break0: Break0,
+                    parent: str, works: Callable[[], Iterable[Work]],
+                    failure: failures.Failures) -> None:
+        """Apply the works of a bind.
+
+        If break0 is down or gone, or if a route exists already, try again.
+
+        :param works: returns the works for the present index of break0
+        """
+        applied = self._apply(netlink, break0, works(), failure)
         if applied.is_device_lost:
-            self.devices.renew(netlink, break0, first.parent)
-            applied = self._apply(netlink, break0, map(work, records),
-                                  failure)
+            self.devices.renew(netlink, break0, parent)
+            applied = self._apply(netlink, break0, works(), failure)
         retried = []
         for each in applied.works:
             err = applied.errors.get(each.address)
@@ -392,29 +452,10 @@ class Engine:
         applied = self._apply(netlink, break0, retried, failure)
         for address, err in applied.errors.items():
             failure.add(err, address)
-        bound = [record for record in records if record.address in sources
-                 and record.address not in failure.failed]
-        for record in bound:
-            log_info('Bound %s to %s for %s, source %s', record.address,
-                     break0.name, record.owner_text,
-                     sources[record.address] or 'chosen by the kernel')
-        if first.netns is not None and bound:
-            siblings = self.pods.configure(
-                bound, self.pods.node_addresses(
-                    netlink, break0, first.parent, set(sources.values())))
-            self._apply(netlink, break0, [
-                Work(address, tuple(items)) for address, items
-                in model.by_address(pairs(siblings)).items()], failure)
-        # Before the bind, the node may have asked the LAN for the pods' MAC
-        # addresses. If so, the kernel may still hold packets to the pods.
-        self._guard(break0.name).release(
-            netlink, kernel.find_ifindex(first.parent),
-            {record.address: record.mac for record in bound})
-        return break0
 
     def _apply(self, netlink: kernel.Netlink, break0: Break0,
                works: Iterable[Work], failure: failures.Failures) -> Applied:
-        """Apply the works of a bind.
+        """Apply works.
 
         If ``[break0] guard`` is on and the guard fails, each address fails.
         Otherwise the error of the guard is only logged.

@@ -30,7 +30,6 @@ from kuryr_break0.kernel.inotify import IN_DELETE
 from kuryr_break0.kernel.inotify import IN_DELETE_SELF
 from kuryr_break0.kernel.inotify import IN_MOVE_SELF
 from kuryr_break0.kernel.inotify import IN_MOVED_TO
-from kuryr_break0.kernel.inotify import IN_OPEN
 from kuryr_break0.kernel.inotify import Inotify
 from kuryr_break0.kernel.macvlans import find_macvlan
 from kuryr_break0.kernel.macvlans import FULL_LIMITS

@@ -10,7 +10,6 @@ import struct
 from typing import Iterator
 
 # sys/inotify.h
-IN_OPEN = 0x20
 IN_MOVED_TO = 0x80
 IN_DELETE = 0x200
 IN_DELETE_SELF = 0x400

@@ -29,6 +29,8 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
 from tests.support import lab
 
+#: sys/inotify.h
+IN_OPEN = 0x20
 POD = '100.75.30.71'
 OTHER_POD = '100.75.30.72'
 OWNER = Owner('sandbox-1', 'eth0')
@@ -91,7 +93,7 @@ def is_idle(process: psutil.Process) -> bool:
 def until_opened(path: str) -> Iterator[None]:
     """After the block, wait until some process has opened the file."""
     with contextlib.closing(kernel.Inotify()) as watch:
-        watch.watch(path, kernel.IN_OPEN)
+        watch.watch(path, IN_OPEN)
         yield
         assert select.select([watch], [], [], lab.PATIENCE)[0], (
             'nobody opens it')
