@@ -82,7 +82,7 @@ class Housekeeping:
         causes the next sync.
         """
         cache = self._ledger.cache
-        expected = cache.get_number('missing')
+        expected = cache.get_number('missing_routes')
         missing = self._missing()
         if missing > expected:
             LOG.warning('%d addresses have no route through break0: '
@@ -95,7 +95,7 @@ class Housekeeping:
             self._sync()
             missing = self._missing()
         if missing != expected:
-            cache.put('missing', [missing])
+            cache.put('missing_routes', [missing])
         if own != recorded:
             cache.put('own_addresses', own)
 

@@ -14,6 +14,7 @@ from kuryr_break0.engine.plan import Outcome
 from kuryr_break0.engine import reconciler
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
+from kuryr_break0 import manager
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from tests.functional import base
@@ -106,6 +107,17 @@ class TestReplaced(MissingTestCase):
                 self.inside('address flush dev eth0 scope global',
                             'address add %s/24 dev eth0' % POD,
                             'address add %s/64 dev eth0 nodad' % POD6)
+
+    def test_seen_twice_while_another_route_is_missing(self) -> None:
+        """Without an agent, an ADD counts missing routes between syncs."""
+        self.change()
+        self.sync(2)
+        self.add('100.75.30.80')
+        self.lab.run('ip', 'route', 'del', '100.75.30.80', 'dev', 'break0')
+        with mock.patch.object(manager.Break0Manager, 'sync'):
+            self.manager().housekeep()
+        self.assertEqual({POD, POD6}, {
+            str(record.address) for record in self.sync(4).released})
 
     def test_a_host_of_the_lan_gets_it(self) -> None:
         self.change()
