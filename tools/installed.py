@@ -125,7 +125,11 @@ def install(kept: str) -> None:
         assert os.path.exists(path), path
     assert fails('dpkg -s python3-pyroute2 python3-venv python3-pip')
     assert state() == 'inactive', state()
-    assert 'Not started: name the networks' in journal(), journal()
+    assert ('Not started: name the networks of your containers by '
+            'allowed_cidrs in ') in journal(), journal()
+    # The package can be removed before it is configured.
+    assert 'Not all' not in apt('remove kuryr-break0')
+    apt('install %s/1.0/kuryr-break0_*_all.deb' % kept)
     assert run('systemctl is-enabled ' + AGENT) == 'enabled\n'
     assert failed_units() == failed, (failed, failed_units())
 
@@ -242,6 +246,7 @@ def remove() -> None:
         assert fails(command), command
     assert os.path.exists(SETTINGS)
     assert 'mv0' in run('ip -n one link')
+    assert not glob.glob('/usr/lib/python3/dist-packages/kuryr_break0/**')
     apt('purge kuryr-break0')
     assert not os.path.exists('/etc/kuryr-break0')
     assert not glob.glob('/etc/**/*kuryr-break0*', recursive=True), glob.glob(
