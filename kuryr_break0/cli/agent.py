@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 from oslo_config import cfg
@@ -47,6 +48,17 @@ def _warn(conf: cfg.ConfigOpts) -> None:
                         path, used[0])
 
 
+def _find_new_files(conf: cfg.ConfigOpts) -> None:
+    """Search the default files again: one may be newer than the agent.
+
+    If a file of the last search no longer exists, change nothing. The reload
+    then fails, and the agent keeps its options.
+    """
+    if all(map(os.path.exists, conf.default_config_files)):
+        conf.default_config_files = verbs.files()[0]
+        conf.set_default('config_file', conf.default_config_files)
+
+
 def _store(conf: cfg.ConfigOpts, options: config.Options) -> None:
     """Store the agent's version, the time, and a digest of its options."""
     ledger = Ledger(options.state_dir)
@@ -58,6 +70,7 @@ def _store(conf: cfg.ConfigOpts, options: config.Options) -> None:
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Run the agent until a signal ends it."""
     def load() -> config.Options:
+        _find_new_files(conf)
         # If a file is wrong, oslo.config logs the error and returns False.
         if not conf.reload_config_files():
             raise exceptions.InvalidOption(

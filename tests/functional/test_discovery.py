@@ -669,6 +669,29 @@ class TestInstalled(DiscoveryTestCase):
         self.lab.add_pod('one', ONE, ONE6)
         self.until_bound(ONE, ONE6)
 
+    def test_first_configuration_after_the_start(self) -> None:
+        """A reload finds a file that did not exist at the start."""
+        os.makedirs('/run/home/.kuryr-break0')
+        settings = '/run/home/.kuryr-break0/kuryr-break0.conf'
+        with open('/run/agent.log', 'ab') as log:
+            agent = program.start([program.BREAK0, 'agent'], stderr=log, env={
+                **os.environ, 'HOME': '/run/home'})
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        self.lab.add_pod('one', ONE)
+        self.until(lambda: 'Watching' in self.log())
+        self.assertIn('Read the configuration from no file', self.log())
+        with open(settings, 'w') as file:
+            file.write('[break0]\n' + OPTIONS)
+        agent.send_signal(signal.SIGHUP)
+        self.until_bound(ONE)
+        self.assertIn('Read the configuration from ' + settings, self.log())
+        # A missing file is an error, and the agent keeps its options.
+        os.remove(settings)
+        agent.send_signal(signal.SIGHUP)
+        self.until(lambda: 'Keeping the previous' in self.log())
+        self.assertEqual({ONE}, set(self.lab.routes()))
+
     def test_cleanup_beside_the_agent(self) -> None:
         """After a cleanup beside a running agent, the agent binds again.
 
