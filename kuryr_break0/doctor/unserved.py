@@ -36,6 +36,8 @@ _KINDS = {
 def check(node: Node, netlink: kernel.Netlink, host: Host
           ) -> Iterator[Finding]:
     """Report containers that stay unbound, one finding for each remedy."""
+    if not node.options.enabled:  # the finding "disabled" is the reason
+        return
     unserved = containers.unserved(node.snapshot, node.ledger)
     if unserved:
         time.sleep(_SETTLED)

@@ -203,6 +203,8 @@ class _Judge:
                   if claim not in self._snapshot.gone]
         if living:
             return Reason.CLAIMED, 'it belongs to %s' % living[0].owner
+        if not self._options.enabled:
+            return Reason.NOT_DISCOVERED, '[break0] enabled is false'
         if not self._options.discover:
             return Reason.NOT_DISCOVERED, ('no program has bound it, and '
                                            '[break0] discover is false')

@@ -92,6 +92,14 @@ class TestReasons(UnservedTestCase):
         self.assertEqual('Bind pods that ran before the installation with '
                          'adopt.', finding['remedy'])
 
+    def test_disabled(self) -> None:
+        self.configure('enabled = false\ndiscover = true\n'
+                       'allowed_cidrs = 100.75.30.0/24')
+        self.lab.add_pod('one', ONE)
+        self.assertEqual([(ONE, 'not_discovered')], self.status())
+        self.assertEqual({'disabled', 'agent-not-running'},
+                         set(self.examined()))
+
     def test_its_advice_without_kuryr(self) -> None:
         self.configure('enabled = true')
         self.lab.add_pod('one', ONE)
