@@ -147,6 +147,9 @@ def _print(results: list[Result], wide: bool) -> None:
                 probe.problem for probe in each.probes):
             for text in each.trace.explain():
                 output.say(output.Wrong('%s: %s' % (each.address, text)))
+        if each.claimants == []:
+            output.say('%s: no other host has answered for the address' %
+                       each.address)
         for mac in each.claimants or ():
             output.say(output.Wrong(
                 '%s is also used by the host with the MAC address %s. Give '

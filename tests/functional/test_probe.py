@@ -194,6 +194,8 @@ class TestProbe(CLITestCase):
         for address in (POD, POD6):
             self.assertEqual([], self.probe(address, '--conflict',
                                             '--count', '1')['claimants'])
+        self.assertIn(POD + ': no other host has answered', self.call(
+            'probe', POD, '--conflict', '--count', '1').stdout)
         self.lab.add_pod('thief', POD, POD6)
         for address in (POD, POD6):
             found = self.probe(address, '--conflict', '--count', '1', code=1)
