@@ -126,21 +126,13 @@ def _of_address(node: Node, problem: problems.Problem,
     if problem.kind == 'address-not-allowed':
         commands = allow
     subject: object = address
-    observed = _as_part(problem.text) + (detail and ': ' + detail)
-    if problem.kind == 'route-not-used':  # the commands are in the remedy
-        observed = observed.partition('. See: ')[0]
     if problem.kind == 'sandbox-gone':
         subject = '%s (%s)' % (address, next(
             record.owner_text for record in node.snapshot.gone
             if record.address == address))
-    # The report adds subjects only to the end of a text without a colon.
-    elif ': ' in observed and str(address) not in observed:
-        observed = '%s%s: %s' % (
-            address, ' of %s' % node.live[address].owner_text
-            if address in node.live else '', observed)
     return KINDS[problem.kind].finding(
-        observed, [subject], commands,
-        severity=ERROR if problem.is_error else None, **fields)
+        _as_part(problem.text) + (detail and ': ' + detail), [subject],
+        commands, severity=ERROR if problem.is_error else None, **fields)
 
 
 _Details = tuple[str, list[str], dict[str, Any]]

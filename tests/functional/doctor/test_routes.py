@@ -49,7 +49,6 @@ class TestRoutes(DoctorTestCase):
     def test_foreign(self) -> None:
         self.lab.run('ip', 'route', 'replace', POD4, 'dev', 'lo')
         finding = self.assert_found('route-foreign', 'protocol boot', POD4)
-        self.assertRegex(finding['seen'], '^%s of .*: it has a route' % POD4)
         self.assertEqual('ip route del %s dev lo proto boot table 254' % POD4,
                          finding['commands'][0])
         self.follow(finding)
@@ -80,8 +79,7 @@ class TestRoutes(DoctorTestCase):
         self.lab.run('ip', 'route', 'add', 'default', 'via', lab.LAN,
                      'table', '100')
         self.lab.run('ip', 'rule', 'add', 'to', POD4, 'table', '100')
-        finding = self.assert_found('route-not-used', 'by table 100', POD4)
-        self.assertRegex(finding['seen'], '^%s of .*: packets to it' % POD4)
+        self.assert_found('route-not-used', 'by table 100', POD4)
         self.assertFalse(self.lab.ping(POD4))
 
     def test_a_rule_in_the_way_of_answers(self) -> None:
