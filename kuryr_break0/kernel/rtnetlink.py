@@ -10,8 +10,8 @@ import ipaddress
 import os
 import socket
 import struct
-from typing import (Any, Collection, Iterator, NamedTuple, Optional,
-                    Sequence)
+from typing import (Any, Callable, Collection, Iterator, NamedTuple,
+                    Optional, Sequence)
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import links
@@ -94,21 +94,21 @@ class Netlink(links.LinkSocket):
         if index is None:
             raise exceptions.KernelRefused(
                 'configure ' + link, os.strerror(errno.ENODEV), errno.ENODEV)
-        steps: list[tuple[Any, bool, int, bytes]] = [
-            (address, True, wire.RTM_NEWADDR,
-             wire.pack_address(index, address)) for address in addresses]
+        steps = [(str(address), True, netlink.Message(
+            wire.RTM_NEWADDR, _NEW, wire.pack_address(index, address)))
+            for address in addresses]
         steps += [('%s by %s' % route, route[0].prefixlen == 0,
-                   wire.RTM_NEWROUTE, wire.pack_gateway_route(*route))
+                   netlink.Message(wire.RTM_NEWROUTE, _NEW,
+                                   wire.pack_gateway_route(*route)))
                   for route in routes]
         if not steps:
             return
         try:
-            refused = self._send([netlink.Message(kind, _NEW, body)
-                                  for _, _, kind, body in steps])
+            refused = self._send([message for _, _, message in steps])
         except OSError as err:
             raise self._failed('configure ' + link, err) from err
         for place, refusal in sorted(refused.items()):
-            what, may_exist, _, _ = steps[place]
+            what, may_exist, _ = steps[place]
             if refusal.errno != errno.EEXIST or not may_exist:
                 raise self._failed('add %s to %s' % (what, link), refusal)
 
@@ -189,12 +189,11 @@ class Netlink(links.LinkSocket):
             kind = _LEADS_NOWHERE.get(err.errno)
         if kind is None:
             return None
-        routes = [route.host_route for route in self._list(
+        routes = filter(None, (route.host_route for route in self._list(
             'list the routes to %s' % address, wire.RTM_GETROUTE,
             wire.pack_route_dump(wire.family_of(address), kind=kind))
-            if route.type == kind and route.dst == address]
-        return min((each for each in routes if each is not None),
-                   key=lambda each: each.metric or 0, default=None)
+            if route.type == kind and route.dst == address))
+        return min(routes, key=lambda each: each.metric or 0, default=None)
 
     def is_on_link(self, address: model.IPAddress) -> bool:
         """Return whether the route to an address has no gateway."""
@@ -256,24 +255,37 @@ class Netlink(links.LinkSocket):
         local: list[model.IPNetwork] = []
         broadcast: set[model.IPAddress] = set()
         next_hops = set(self._next_hop_objects())
-        for family in (socket.AF_INET, socket.AF_INET6):
-            for route in self._list('list the routes', wire.RTM_GETROUTE,
-                                    wire.pack_route_dump(family)):
-                next_hops.update(route.next_hops)
-                if route.type == values.RTN_BROADCAST and route.dst:
-                    broadcast.add(route.dst)
-                host_route = route.host_route
-                if host_route is not None:
-                    host.append(host_route)
-                elif route.type == values.RTN_LOCAL and route.dst:
-                    local.append(ipaddress.ip_network((route.dst,
-                                                       route.dst_len)))
+        for route in self._list_routes('list the routes'):
+            next_hops.update(route.next_hops)
+            if route.type == values.RTN_BROADCAST and route.dst:
+                broadcast.add(route.dst)
+            host_route = route.host_route
+            if host_route is not None:
+                host.append(host_route)
+            elif route.type == values.RTN_LOCAL and route.dst:
+                local.append(ipaddress.ip_network((route.dst, route.dst_len)))
         left_out, elsewhere = (frozenset(
             each.gateway for each in next_hops
             if (each.oif in devices) is is_through)
             for is_through in (True, False))
         return Routes(tuple(host), elsewhere, left_out, tuple(local),
                       frozenset(broadcast))
+
+    def _list_routes(self, action: str, tolerated: Collection[int] = (),
+                     read: Callable[[netlink.Received], Any] = wire.parse,
+                     **filters: int) -> Iterator[values.Route]:
+        """List the IPv4 routes, then the IPv6 routes, by dumps.
+
+        :param tolerated: values of errno; after such an error, the list lacks
+            the routes of the IP version
+        :param read: as for :meth:`netlink.RequestSocket._dump`
+        :param filters: as for :func:`wire.pack_route_dump`
+        """
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with netlink.tolerate_errors(*tolerated):
+                yield from self._list(
+                    action, wire.RTM_GETROUTE,
+                    wire.pack_route_dump(family, **filters), read)
 
     def has_default_rules(self) -> bool:
         """Return whether only the default rules exist, by a dump."""
@@ -295,18 +307,13 @@ class Netlink(links.LinkSocket):
     def host_routes_of(self, ifindex: int, table: int
                        ) -> list[model.HostRoute]:
         """List the direct host routes of an interface in a table, by dumps."""
-        routes: list[values.Route] = []
-        for family in (socket.AF_INET, socket.AF_INET6):
+        routes = self._list_routes(
+            'list the routes of ' + node.format_ifname(ifindex),
             # The interface or the table may not exist.
-            with netlink.tolerate_errors(errno.ENODEV, errno.ENOENT):
-                routes += self._list(
-                    'list the routes of ' + node.format_ifname(ifindex),
-                    wire.RTM_GETROUTE,
-                    wire.pack_route_dump(family, table, ifindex))
-        return [host for host in (route.host_route for route in routes
-                                  if route.oif == ifindex
-                                  and route.table == table)
-                if host is not None and host.direct]
+            (errno.ENODEV, errno.ENOENT), table=table, oif=ifindex)
+        return [host for host in filter(None, (
+            route.host_route for route in routes))
+            if host.direct and (host.oif, host.table) == (ifindex, table)]
 
     def next_hops(self, devices: Sequence[int] = (),
                   protocol: Optional[int] = None
@@ -344,30 +351,25 @@ class Netlink(links.LinkSocket):
                        if index not in devices]
         except OSError as err:
             raise self._failed('list the interfaces', err) from err
-        asked: Sequence[Optional[int]] = (
-            indexes if len(indexes) <= _MAX_SEPARATE_DUMPS else [None])
-        for oif in asked:
-            for family in (socket.AF_INET, socket.AF_INET6):
+        for oif in indexes if len(indexes) <= _MAX_SEPARATE_DUMPS else [0]:
+            yield from self._list_routes(
+                'list the next hops',
                 # The interface may be gone, or the node may lack IPv6.
-                with netlink.tolerate_errors(errno.ENODEV, errno.EOPNOTSUPP):
-                    yield from self._list(
-                        'list the next hops', wire.RTM_GETROUTE,
-                        wire.pack_route_dump(
-                            family, oif=oif, kind=values.RTN_UNICAST), read)
+                (errno.ENODEV, errno.EOPNOTSUPP), read, oif=oif,
+                kind=values.RTN_UNICAST)
 
     def neighbours(self, ifindex: int) -> list[model.Neighbour]:
         """List the permanent neighbours of an interface, by a dump."""
-        return [each for each in (
-            state.permanent for state in self._neighbours(ifindex))
-            if each is not None]
+        return list(filter(None, (
+            state.permanent for state in self._neighbours(ifindex))))
 
     def _neighbours(self, ifindex: int) -> list[values.NeighbourState]:
-        neighbours: list[values.NeighbourState] = []
         with netlink.tolerate_errors(errno.ENODEV):
-            neighbours = self._list(
+            return [each for each in self._list(
                 'list the neighbours of ' + node.format_ifname(ifindex),
                 wire.RTM_GETNEIGH, wire.pack_neighbour_dump(ifindex))
-        return [each for each in neighbours if each.ifindex == ifindex]
+                if each.ifindex == ifindex]
+        return []
 
 
 def _description(verb: values.Verb, what: model.Entry) -> str:

@@ -133,14 +133,17 @@ def pack_neighbour_dump(ifindex: int) -> bytes:
     return bytes(_NEIGHBOUR.size) + netlink.number(NDA_IFINDEX, ifindex)
 
 
-def pack_route_dump(family: int, table: int = 0, oif: Optional[int] = None,
+def pack_route_dump(family: int, table: int = 0, oif: int = 0,
                     kind: int = 0) -> bytes:
-    """Pack a request to dump routes, by table, interface and route type."""
+    """Pack a request to dump routes, by table, interface and route type.
+
+    A value of 0 matches all routes.
+    """
     body = _ROUTE.pack(family, 0, 0, 0, table if table < 256 else 0, 0, 0,
                        kind, 0)
     if table >= 256:
         body += netlink.number(RTA_TABLE, table)
-    return body if oif is None else body + netlink.number(RTA_OIF, oif)
+    return body + netlink.number(RTA_OIF, oif) if oif else body
 
 
 def pack_lookup(address: model.IPAddress, flags: int = 0,
