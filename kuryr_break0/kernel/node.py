@@ -82,10 +82,9 @@ def find_ifindex(device: str) -> Optional[int]:
 
 def has_interface(device: str) -> bool:
     """Return whether an interface exists, without raising an error."""
-    try:
+    with contextlib.suppress(OSError):
         return socket.if_nametoindex(device) > 0
-    except OSError:
-        return _has_settings(device)
+    return _has_settings(device)
 
 
 def _has_settings(device: str) -> bool:

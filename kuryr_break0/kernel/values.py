@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import socket
 from typing import NamedTuple, Optional
 
 from kuryr_break0 import model
@@ -113,7 +112,6 @@ class Route(NamedTuple):
         MTU
     """
 
-    family: int
     dst: Optional[model.IPAddress]
     dst_len: int
     type: int
@@ -138,8 +136,7 @@ class Route(NamedTuple):
             self.dst, self.oif, self.protocol, self.table, self.src,
             self.metric,
             direct=self.is_on_link and not self.is_altered and (
-                self.family == socket.AF_INET6
-                or self.scope == RT_SCOPE_LINK))
+                self.dst.version == 6 or self.scope == RT_SCOPE_LINK))
 
     @property
     def is_on_link(self) -> bool:

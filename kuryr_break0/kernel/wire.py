@@ -237,12 +237,12 @@ def parse_link(body: bytes) -> values.Link:
 
 
 def parse_route(body: bytes) -> values.Route:
-    (family, dst_len, _, _, table, protocol, scope, kind,
+    (_, dst_len, _, _, table, protocol, scope, kind,
      flags) = _ROUTE.unpack_from(body)
     attrs = netlink.attributes(body, _ROUTE.size)
     oif = netlink.read_number(attrs.get(RTA_OIF))
     return values.Route(
-        family, _address(attrs.get(RTA_DST)), dst_len, kind, scope, protocol,
+        _address(attrs.get(RTA_DST)), dst_len, kind, scope, protocol,
         netlink.read_number(attrs.get(RTA_TABLE)) or table, flags,
         oif, _address(attrs.get(RTA_PREFSRC)),
         netlink.read_number(attrs.get(RTA_PRIORITY)) or 0,
