@@ -15,7 +15,7 @@ in this namespace causes only an event about the parent of the macvlan.
 from __future__ import annotations
 
 import dataclasses
-from typing import BinaryIO, NamedTuple, Optional
+from typing import BinaryIO, Optional
 
 from kuryr_break0.kernel import event_socket
 from kuryr_break0.kernel import netlink
@@ -105,7 +105,8 @@ def _event(message: netlink.Received) -> Event:
     return Event(kind, is_gone, next_hops=value or ())
 
 
-class Changes(NamedTuple):
+@dataclasses.dataclass
+class Changes:
     """The changes since the previous read.
 
     :ivar changed: numbers of namespaces in which something changed
@@ -119,13 +120,13 @@ class Changes(NamedTuple):
     :ivar messages: number of messages read
     """
 
-    changed: set[int]
-    ended: set[int]
-    numbered: set[int]
-    interfaces: bool
-    is_stacked: bool
-    lost: bool
-    messages: int
+    changed: set[int] = dataclasses.field(default_factory=set)
+    ended: set[int] = dataclasses.field(default_factory=set)
+    numbered: set[int] = dataclasses.field(default_factory=set)
+    interfaces: bool = False
+    is_stacked: bool = False
+    lost: bool = False
+    messages: int = 0
 
 
 class NamespaceEvents(event_socket.EventSocket):
@@ -141,41 +142,38 @@ class NamespaceEvents(event_socket.EventSocket):
 
     def get(self) -> Changes:
         """Return the pending changes."""
-        changed: set[int] = set()
-        ended: set[int] = set()
-        numbered: set[int] = set()
-        interfaces = stacked = made = lost = False
-        count = 0
-        for count, (data, extra) in enumerate(self._receive(MAX_EVENTS), 1):
+        changes, made = Changes(), False
+        for data, extra in self._receive(MAX_EVENTS):
+            changes.messages += 1
             if not data:
-                lost = True
+                changes.lost = True
                 break
             number = next((netlink.S32.unpack_from(value)[0]
                            for level, kind, value in extra if (level, kind)
                            == (netlink.SOL_NETLINK, _LISTEN_ALL_NSID)), None)
             if number is not None:
-                changed.add(number)
+                changes.changed.add(number)
                 continue
             for message in netlink.messages(data):
                 if message.kind == wire.RTM_NEWLINK:
-                    interfaces = True
+                    changes.interfaces = True
                     # For a change in stacking, rtnetlink_event() sends an
                     # event with no changed flags. For a new interface,
                     # rtnl_configure_link() sends an event with all flags.
                     flags = wire.changed_flags(message.body)
-                    stacked |= flags == 0
+                    changes.is_stacked |= flags == 0
                     made |= flags == _ALL
                 elif message.kind == wire.RTM_DELLINK:
                     made = True
                 elif message.kind == wire.RTM_NEWNSID:
-                    numbered.add(wire.parse(message))
+                    changes.numbered.add(wire.parse(message))
                 elif message.kind == wire.RTM_DELNSID:
-                    ended.add(wire.parse(message))
-        if lost or count == MAX_EVENTS:
-            lost = True
+                    changes.ended.add(wire.parse(message))
+        if changes.lost or changes.messages == MAX_EVENTS:
+            changes.lost = True
             self._drop()
-        return Changes(changed, ended, numbered, interfaces,
-                       stacked and not made, lost, count)
+        changes.is_stacked &= not made
+        return changes
 
 
 def open_mounts() -> BinaryIO:
