@@ -49,5 +49,4 @@ def deletions(address: model.IPAddress) -> Iterator[netlink.Message]:
             struct.pack('!BBH', wire.family_of(address), 0, 0),
             netlink.attribute(which, netlink.attribute(
                 _TUPLE_IP, netlink.attribute(kind, address.packed))),
-            netlink.attribute(netlink.NESTED | _FILTER,
-                              netlink.number(which, end)))))
+            netlink.nested(_FILTER, netlink.number(which, end)))))

@@ -57,7 +57,7 @@ U32 = struct.Struct('=I')
 S32 = struct.Struct('=i')
 #: The kind of an attribute without its two flags (NLA_TYPE_MASK)
 _KIND = 0x3fff
-NESTED = 0x8000
+_NESTED = 0x8000
 
 
 class Message(NamedTuple):
@@ -125,6 +125,11 @@ def attribute(kind: int, payload: bytes) -> bytes:
     """Pack an attribute."""
     length = _ATTRIBUTE.size + len(payload)
     return _ATTRIBUTE.pack(length, kind) + payload + bytes(-length % 4)
+
+
+def nested(kind: int, payload: bytes) -> bytes:
+    """Pack an attribute that contains attributes, with its flag."""
+    return attribute(_NESTED | kind, payload)
 
 
 def number(kind: int, value: int) -> bytes:

@@ -97,8 +97,8 @@ class Nft(netlink.RequestSocket):
         pairs = sorted(pairs, key=lambda pair: pair.set_name)
         for start in range(0, len(pairs), _AT_ONCE):
             self._batch('add guard entries to the table ' + table, *(
-                _message(_NEWSETELEM, netlink.NLM_F_CREATE,
-                         _elements(table, name, some))
+                _message(_NEWSETELEM, netlink.NLM_F_CREATE, table,
+                         _elements(name, some))
                 for name, some in itertools.groupby(
                     pairs[start:start + _AT_ONCE],
                     lambda pair: pair.set_name)))
@@ -113,9 +113,8 @@ class Nft(netlink.RequestSocket):
         for pair in pairs:
             with netlink.tolerate_errors(errno.ENOENT):
                 self._batch('delete a guard entry from the table ' + table,
-                            _message(
-                                _DELSETELEM, 0, _elements(
-                                    table, pair.set_name, [pair])))
+                            _message(_DELSETELEM, 0, table,
+                                     _elements(pair.set_name, [pair])))
 
     def elements(self, table: str) -> set[model.Pair]:
         """List the guard entries of a table, by dumps.
@@ -126,8 +125,7 @@ class Nft(netlink.RequestSocket):
         for name in SETS:
             for keys in self._dump(
                     'list a set of the table ' + table,
-                    _message(_GETSETELEM, 0,
-                             netlink.text(1, table) + netlink.text(2, name)),
+                    _message(_GETSETELEM, 0, table, netlink.text(2, name)),
                     lambda message: list(_keys(message.body))):
                 elements.update(model.Pair(key[8:], key[:6]) if 'pairs' in name
                                 else model.Pair(key, None) for key in keys)
@@ -141,7 +139,7 @@ class Nft(netlink.RequestSocket):
         return [int.from_bytes(rule.get(3, b''), 'big')
                 for rule in self._dump(
                     'list the rules of the table ' + table,
-                    _message(_GETRULE, 0, netlink.text(1, table)), _attributes)
+                    _message(_GETRULE, 0, table), _attributes)
                 if netlink.read_text(rule.get(1)) == table]
 
     def has_source_rule(self, table: str, index: int, mac: bytes) -> bool:
@@ -150,8 +148,8 @@ class Nft(netlink.RequestSocket):
         The method looks up only the chain, so the answer is one message, even
         if the pod has filled the table.
         """
-        chain = self._get(_GETCHAIN, netlink.text(1, table)
-                          + netlink.text(3, _source_chain(index, mac)))
+        chain = self._get(_GETCHAIN, table,
+                          netlink.text(3, _source_chain(index, mac)))
         return chain is not None and chain.get(6) == _U32.pack(1)  # one rule
 
     def add_source_rule(self, table: str, device: str, index: int,
@@ -168,10 +166,9 @@ class Nft(netlink.RequestSocket):
         if self.has_source_rule(table, index, mac):
             return False  # undoing a batch takes the kernel about 15 ms
         chain = _source_chain(index, mac)
-        hook = netlink.attribute(netlink.NESTED | 4, (
-            _be32(1, _EGRESS) + _be32(2, 0) + netlink.text(3, device)))
-        drop = netlink.attribute(netlink.NESTED | 2, netlink.attribute(
-            netlink.NESTED | 2, _be32(1, _NF_DROP)))
+        hook = netlink.nested(4, _be32(1, _EGRESS) + _be32(2, 0)
+                              + netlink.text(3, device))
+        drop = netlink.nested(2, netlink.nested(2, _be32(1, _NF_DROP)))
         expressions = b''.join((
             _expression('meta', _be32(1, 1) + _be32(2, _META_OIF)),
             _compare(_EQUAL, struct.pack('=I', index)),
@@ -180,16 +177,16 @@ class Nft(netlink.RequestSocket):
         action = 'guard the interface ' + device
         creation = [
             _message(_NEWTABLE, netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
-                     netlink.text(1, table)),
-            _message(_NEWCHAIN, netlink.NLM_F_CREATE, (
-                netlink.text(1, table) + netlink.text(3, chain) + hook
-                + _be32(5, _NF_ACCEPT) + netlink.text(7, 'filter'))),
+                     table),
+            _message(_NEWCHAIN, netlink.NLM_F_CREATE, table, (
+                netlink.text(3, chain) + hook + _be32(5, _NF_ACCEPT)
+                + netlink.text(7, 'filter'))),
             _rule(table, chain, expressions)]
         with netlink.tolerate_errors(errno.EEXIST):
             self._batch(action, *creation)
             return True
         # The table exists for an earlier interface of this name.
-        self._batch(action, _deletion(table), *creation)
+        self._batch(action, _message(_DELTABLE, 0, table), *creation)
         return True
 
     def add_neighbour_answer(self, table: str, chain: str, index: int,
@@ -222,14 +219,15 @@ class Nft(netlink.RequestSocket):
 
     def has_table(self, table: str) -> bool:
         """Return whether a table exists."""
-        return self._get(_GETTABLE, netlink.text(1, table)) is not None
+        return self._get(_GETTABLE, table) is not None
 
     def delete_table(self, table: str) -> bool:
         """Delete a table; return whether it existed."""
         if not self.has_table(table):
             return False  # undoing a batch takes the kernel about 15 ms
         with netlink.tolerate_errors(errno.ENOENT):
-            self._batch('delete the table ' + table, _deletion(table))
+            self._batch('delete the table ' + table,
+                        _message(_DELTABLE, 0, table))
             return True
         return False
 
@@ -239,11 +237,13 @@ class Nft(netlink.RequestSocket):
         self._order(action, netlink.Message(_BATCH_BEGIN, 0, edge), *messages,
                     netlink.Message(_BATCH_END, 0, edge), acknowledged=-2)
 
-    def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
+    def _get(self, kind: int, table: str, attributes: bytes = b''
+             ) -> Optional[dict[int, bytes]]:
         """Return the attributes of an object; None if it does not exist."""
         with netlink.tolerate_errors(errno.ENOENT):
-            replies, _ = self._ask('read an nftables object',
-                                   _message(kind, 0, body), _attributes)
+            replies, _ = self._ask(
+                'read an nftables object',
+                _message(kind, 0, table, attributes), _attributes)
             return next(iter(replies), None)
         return None
 
@@ -331,9 +331,12 @@ _EQUAL, _UNEQUAL = 0, 1  # NFT_CMP_EQ, NFT_CMP_NEQ
 _LINK, _NETWORK, _TRANSPORT = range(3)  # NFT_PAYLOAD_LL_HEADER and so on
 
 
-def _message(kind: int, flags: int, body: bytes) -> netlink.Message:
-    return netlink.Message(_SUBSYSTEM << 8 | kind, flags,
-                           struct.pack('!BBH', _NETDEV, 0, 0) + body)
+def _message(kind: int, flags: int, table: str,
+             attributes: bytes = b'') -> netlink.Message:
+    """Pack a message about a table or an object of the table."""
+    return netlink.Message(_SUBSYSTEM << 8 | kind, flags, (
+        struct.pack('!BBH', _NETDEV, 0, 0) + netlink.text(1, table)
+        + attributes))
 
 
 def _be32(kind: int, value: int) -> bytes:
@@ -341,14 +344,12 @@ def _be32(kind: int, value: int) -> bytes:
 
 
 def _expression(name: str, data: bytes) -> bytes:
-    return netlink.attribute(netlink.NESTED | 1, netlink.text(1, name)
-                             + netlink.attribute(netlink.NESTED | 2, data))
+    return netlink.nested(1, netlink.text(1, name) + netlink.nested(2, data))
 
 
 def _compare(operator: int, value: bytes) -> bytes:
     return _expression('cmp', _be32(1, 1) + _be32(2, operator)
-                       + netlink.attribute(netlink.NESTED | 3,
-                                           netlink.attribute(1, value)))
+                       + netlink.nested(3, netlink.attribute(1, value)))
 
 
 def _load(register: int, base: int, offset: int, size: int) -> bytes:
@@ -368,8 +369,8 @@ def _store(register: int, base: int, offset: int, size: int) -> bytes:
 
 
 def _load_value(register: int, value: bytes) -> bytes:
-    return _expression('immediate', _be32(1, register) + netlink.attribute(
-        netlink.NESTED | 2, netlink.attribute(1, value)))
+    return _expression('immediate', _be32(1, register)
+                       + netlink.nested(2, netlink.attribute(1, value)))
 
 
 def _source_chain(index: int, mac: bytes) -> str:
@@ -377,24 +378,17 @@ def _source_chain(index: int, mac: bytes) -> str:
     return 'source-%s-%d' % (mac.hex(), index)
 
 
-def _deletion(table: str) -> netlink.Message:
-    return _message(_DELTABLE, 0, netlink.text(1, table))
-
-
 def _rule(table: str, chain: str, expressions: bytes) -> netlink.Message:
     """Return the message that appends a rule to a chain."""
-    return _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, (
-        netlink.text(1, table) + netlink.text(2, chain)
-        + netlink.attribute(netlink.NESTED | 4, expressions)))
+    return _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND,
+                    table, netlink.text(2, chain)
+                    + netlink.nested(4, expressions))
 
 
-def _elements(table: str, name: str, pairs: Iterable[model.Pair]) -> bytes:
-    elements = b''.join(
-        netlink.attribute(netlink.NESTED | 1, netlink.attribute(
-            netlink.NESTED | 1, netlink.attribute(1, pair.key)))
-        for pair in pairs)
-    return (netlink.text(1, table) + netlink.text(2, name)
-            + netlink.attribute(netlink.NESTED | 3, elements))
+def _elements(name: str, pairs: Iterable[model.Pair]) -> bytes:
+    return netlink.text(2, name) + netlink.nested(3, b''.join(
+        netlink.nested(1, netlink.nested(1, netlink.attribute(1, pair.key)))
+        for pair in pairs))
 
 
 def _keys(body: bytes) -> Iterator[bytes]:

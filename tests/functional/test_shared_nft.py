@@ -167,11 +167,11 @@ class TestSharedSocket(base.LabTestCase):
         edge = (nft._BATCH_BEGIN, nft._BATCH_END)
         begin, end = (netlink.Message(kind, 0, b'\0\0\0\x0a')
                       for kind in edge)
-        gone = nft._elements(TABLE, 'addresses4', [
+        gone = nft._elements('addresses4', [
             Pair(bytes((192, 0, 2, 9)), None)])
         # The kernel answers with an error, since no such element exists.
         self.killed(begin, nft._message(nft._DELSETELEM, netlink.NLM_F_ACK,
-                                        gone), end)
+                                        TABLE, gone), end)
         self.assert_works()
 
     def test_a_worker_is_killed_within_a_dump(self) -> None:
@@ -179,6 +179,6 @@ class TestSharedSocket(base.LabTestCase):
             own.add(TABLE, [Pair(bytes((10, 9, high, low)), None)
                             for high in range(20) for low in range(100)])
         self.killed(nft._message(
-            nft._GETSETELEM, netlink.NLM_F_DUMP, netlink.text(1, TABLE)
-            + netlink.text(2, 'addresses4')))
+            nft._GETSETELEM, netlink.NLM_F_DUMP, TABLE,
+            netlink.text(2, 'addresses4')))
         self.assert_works()
