@@ -256,37 +256,49 @@ def load(conf: cfg.ConfigOpts) -> Options:
     return options
 
 
+def list_files(conf: cfg.ConfigOpts) -> list[str]:
+    """Return the paths of the configuration files that ``conf`` has read."""
+    # ``conf`` has config_file and config_dir only after the program has called
+    # it to parse the command line.
+    paths = [*(getattr(conf, 'config_file', None) or ())]
+    for directory in getattr(conf, 'config_dir', None) or ():
+        paths += sorted(glob.glob(os.path.join(glob.escape(directory),
+                                               '*.conf')))
+    return paths
+
+
+def parse_file(path: str) -> dict[str, Any]:
+    """Return the options of each section, as far as the file is readable.
+
+    oslo.config has reported unreadable files.
+    """
+    sections: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, cfg.ParseError):
+        cfg.ConfigParser(path, sections).parse()
+    return sections
+
+
 def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
     """Return a text for each unknown option and each misspelt section.
 
     oslo.config ignores misspelt names, so a protection could be off without an
-    error. Unreadable files are skipped, because oslo.config has reported them.
+    error.
     """
     known = [opt.dest for opt in OPTS]
     unknown: dict[str, str] = {}
-    sections_alike: list[str] = []
-    # ``conf`` has config_file and config_dir only after the program has called
-    # it to parse the command line.
-    for path in (*(getattr(conf, 'config_file', None) or ()), *(
-            path for directory in getattr(conf, 'config_dir', None) or ()
-            for path in sorted(glob.glob(os.path.join(
-                glob.escape(directory), '*.conf'))))):
-        sections: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError, cfg.ParseError):
-            cfg.ConfigParser(path, sections).parse()
-        for section, names in sections.items():
+    texts: list[str] = []
+    for path in list_files(conf):
+        for section, names in parse_file(path).items():
             if section.lower() == GROUP:  # oslo.config ignores the case
                 unknown.update(dict.fromkeys(names, path))
             elif re.sub(r'\W|_', '', section).lower() in (
                     GROUP, 'kuryr' + GROUP):
-                sections_alike.append(
-                    'the section [%s] in %s is not read: did you mean '
-                    '[%s]?' % (section[:64], path, GROUP))
+                texts.append('the section [%s] in %s is not read: did you '
+                             'mean [%s]?' % (section[:64], path, GROUP))
     prefix = 'OS_%s__' % GROUP.upper()
     for name in os.environ:
         if name.startswith(prefix):
             unknown.setdefault(name[len(prefix):].lower(), 'the environment')
-    texts = sections_alike
     for name, where in sorted(unknown.items()):
         if name not in known:
             texts.append('[break0] %s in %s is no option%s' % (

@@ -12,7 +12,6 @@ differ between programs on purpose.
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import time
 from typing import Any, Iterator, NamedTuple
@@ -44,11 +43,7 @@ class Reader(NamedTuple):
 
 def describe(conf: cfg.ConfigOpts) -> Reader:
     """Describe this process, which has just read its configuration."""
-    files = tuple(os.path.abspath(path) for path in (
-        *(getattr(conf, 'config_file', None) or ()), *(
-            path for directory in getattr(conf, 'config_dir', None) or ()
-            for path in sorted(glob.glob(os.path.join(
-                glob.escape(directory), '*.conf'))))))
+    files = tuple(map(os.path.abspath, config.list_files(conf)))
     return Reader(installed_version(), time.time(), _digest(files), files)
 
 
@@ -114,10 +109,7 @@ def _digest(files: tuple[str, ...]) -> str:
 
     names_by_path: dict[str, list[str]] = {}
     for path in files:
-        sections: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError, cfg.ParseError):
-            cfg.ConfigParser(path, sections).parse()
-        for section, names in sections.items():
+        for section, names in config.parse_file(path).items():
             if section.lower() == config.GROUP:
                 names_by_path.update(names)
     return hashlib.sha256(repr(sorted(names_by_path.items())).encode()
