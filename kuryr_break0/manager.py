@@ -206,8 +206,7 @@ class Break0Manager:
 
         :raises Break0Error: the first error
         """
-        housekeeping.Housekeeping(self._options, self._ledger, self._engine,
-                                  self.sync).run()
+        housekeeping.run(self._options, self._ledger, self._engine, self.sync)
 
     def try_to_housekeep(self) -> None:
         """Call :meth:`housekeep`, and only log its error.
