@@ -263,7 +263,7 @@ class Devices:
         return exceptions.OtherLedger(
             device=name, own=self._options.state_dir, **other._asdict())
 
-    def is_others(self, link: Optional[kernel.Link]) -> bool:
+    def _is_others(self, link: Optional[kernel.Link]) -> bool:
         """Return whether a break0 belongs to another ledger; warn if so.
 
         The other ledger can have records of pods that this ledger does not
@@ -279,6 +279,12 @@ class Devices:
             return False
         LOG.warning('%s', self.other_ledger(link.name, alias))
         return True
+
+    def without_others(self, netlink: kernel.Netlink, names: Iterable[str]
+                       ) -> list[str]:
+        """Return the names of the break0s that belong to no other ledger."""
+        return [name for name in names
+                if not self._is_others(netlink.link(name))]
 
     def ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
                      parent: Optional[int], is_filled: bool = False) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 from typing import Collection, Iterator, Mapping
 
 from kuryr_break0.break0.guard import Guard
@@ -31,6 +30,7 @@ from kuryr_break0.engine import released
 from kuryr_break0.engine import routes
 from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0.engine.snapshot import Snapshot
+from kuryr_break0.engine.snapshot import uncollected
 from kuryr_break0.engine import transitions
 from kuryr_break0 import exceptions
 from kuryr_break0 import failures
@@ -406,20 +406,3 @@ def _works(parent: Parent, plan: Plan,
             for address in sorted(added.keys() | deleted.keys(),
                                   key=model.address_order)
             if address not in moved]
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Disable the garbage collection of Python inside a ``with`` block.
-
-    The objects of a snapshot live until the end of a sync. A search for
-    garbage among these objects takes up to half of the time of a sync, and
-    finds nothing.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

@@ -8,8 +8,10 @@ results agree. :mod:`kuryr_break0.engine.actual` reads the snapshot.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any, Iterable, Optional
+import gc
+from typing import Any, Iterable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0.engine.plan import Plan
@@ -170,3 +172,20 @@ def items_of(parent: Parent, protocol: int) -> list[model.Entry]:
     items: list[model.Entry] = [*parent.routes.values(),
                                 *parent.neighbours.values()]
     return [item for item in items if item.protocol == protocol]
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Disable the garbage collection of Python inside a ``with`` block.
+
+    The objects of a snapshot live until the end of a sync. A search for
+    garbage among these objects takes up to half of the time of a sync, and
+    finds nothing.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

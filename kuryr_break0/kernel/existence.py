@@ -36,7 +36,7 @@ _FIRST_PROCESS_NAMESPACE = 0xeffffffc  # PROC_PID_INIT_INO
 #: The kernel may refuse a handle if another user namespace owns the network
 #: namespace.
 _CONTROLS = 4
-#: Errors of a path in /proc whose process or namespace has just ended.
+#: Errors of open(2) for a path in /proc if its process or its namespace ends.
 _ENDED = (errno.ENOENT, errno.ESRCH, errno.ELOOP)
 
 
@@ -162,9 +162,8 @@ class Judge:
                             ) -> Verdict:
         """Decide by the other namespaces in the directory of a path.
 
-        Use this method if the name at the path was removed, or if the process
-        whose PID is in the path has ended. Another process may still be in the
-        namespace.
+        Use this method if the path does not exist any more. Another process
+        may still be in the namespace.
         """
         place = _directory_of(path)
         for each in {place, _PROC}:
