@@ -20,6 +20,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0.ledger import cache
 from kuryr_break0.model import Owner
 from tests.functional import base
+from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OWNER
 from tests.functional.base import POD
 from tests.functional import cli_base
@@ -111,6 +112,16 @@ class TestTwoParents(ParentsTestCase):
         self.assertEqual({lab.PARENT: 'break0', self.NIC: self.device1}, {
             name: parent.device
             for name, parent in self.snapshot().parents.items()})
+
+    def test_the_break0_of_another_ledger_keeps_its_neighbour(self) -> None:
+        """An address moves from a parent whose break0 was taken over.
+
+        The new bind gets the route, because an address has one route.
+        """
+        self.bind(POD, mac_of_pod=MAC, state_dir='/run/other')
+        self.bind(POD, owner=OTHER_OWNER, parent=self.NIC, mac_of_pod=MAC)
+        self.assertIn(POD, [each['dst'] for each in self.lab.ip(
+            'neighbour', 'show', 'dev', 'break0')])
 
     def test_next_hops_of_either(self) -> None:
         for hop in ('100.75.60.1', lab.LAN):
