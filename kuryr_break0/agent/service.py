@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tells the service manager about the state of the agent."""
+"""Tells the service manager about the state of the agent.
+
+oslo.service has such a function, but Debian's package of oslo.service requires
+eventlet and a web server.
+"""
 
 from __future__ import annotations
 

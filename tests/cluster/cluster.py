@@ -174,7 +174,8 @@ class Cluster:
         for plural in ('deployments', 'statefulsets', 'cronjobs', 'jobs'):
             for name in kubernetes.names(plural):
                 kubernetes.delete(plural, name, check=False)
-        # Until then, a controller replaces each deleted pod.
+        # A ReplicaSet or a Job replaces its deleted pods until it is deleted
+        # too.
         lab.until(lambda: all(
             'deletionTimestamp' in pod['metadata']
             or 'ownerReferences' not in pod['metadata']
