@@ -280,6 +280,19 @@ class Devices:
         LOG.warning('%s', self.other_ledger(link.name, alias))
         return True
 
+    def has_lost(self) -> bool:
+        """Return whether a lost ledger in the state directory has break0s.
+
+        The result is False as soon as the new ledger has an identity.
+
+        :raises LedgerUnavailable: if the identity of this ledger is damaged
+        """
+        if self._ledger.identity() is not None:
+            return False
+        with kernel.Netlink() as netlink:
+            return any(ownership(link, None, self._options.state_dir)
+                       is Ownership.LOST for link in netlink.links())
+
     def without_others(self, netlink: kernel.Netlink, names: Iterable[str]
                        ) -> list[str]:
         """Return the names of the break0s that belong to no other ledger."""

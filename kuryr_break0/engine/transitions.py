@@ -216,15 +216,16 @@ class Engine:
         dropped = [*before, *after]
         after = self.pods.from_successor(after)
         dropped = [claim for claim in dropped if claim not in after]
-        recorded_devices = self.devices.names(recorded=bool(dropped))
-        devices = self.devices.without_others(netlink, recorded_devices)
-        # If a break0 belongs to another ledger, setting items would take the
-        # break0 over.
-        may_set = (bool(after) and len(devices) == len(recorded_devices)
+        devices = self.devices.without_others(
+            netlink, self.devices.names(recorded=bool(dropped)))
+        successor = self.devices.name(after[0].parent) if after else None
+        # If its break0 belongs to another ledger, setting items would take
+        # the break0 over.
+        may_set = (bool(after) and successor in (None, *devices)
                    and not self._is_refused(after[0]))
         deleted = self._writer.withdraw(
-            netlink, address, [name for name in devices if not may_set or (
-                name != self.devices.name(after[0].parent))],
+            netlink, address, [name for name in devices
+                               if not may_set or name != successor],
             dropped, after, mac)
         if not after:
             self._records.remove(address)

@@ -123,6 +123,22 @@ class TestTwoParents(ParentsTestCase):
         self.assertIn(POD, [each['dst'] for each in self.lab.ip(
             'neighbour', 'show', 'dev', 'break0')])
 
+    def test_the_next_claim_beside_a_break0_of_another_ledger(self) -> None:
+        self.bind(POD, mac_of_pod=MAC, state_dir='/run/other')
+        self.bind(POD1, owner=OTHER_OWNER, parent=self.NIC, mac_of_pod=MAC)
+        self.unbind(POD1, owner=OTHER_OWNER)
+        self.assertIn(POD1, self.lab.routes(self.device1))
+        self.assert_answers(POD1)
+
+    def test_the_first_bind_after_a_lost_ledger(self) -> None:
+        """The new ledger takes over the break0 of both parents."""
+        self.lab.run('rm', '-r', '/run/kuryr-break0')
+        self.lab.run('ip', 'link', 'del', self.device1)
+        self.bind(POD1, owner=OWNER1, parent=self.NIC, mac_of_pod=MAC)
+        self.manager().sync()
+        self.assertEqual([], self.problems())
+        self.assert_answers(POD)
+
     def test_next_hops_of_either(self) -> None:
         for hop in ('100.75.60.1', lab.LAN):
             self.lab.run('ip', 'route', 'add', '198.51.100.%d/32' % (
