@@ -75,7 +75,12 @@ class Finding:
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     try:
         api = common.kuryr_api(conf)
-    except (ImportError, cfg.Error) as err:
+    except ImportError as err:
+        return common.fail(common.USAGE, (
+            'Cannot list the pods of Kuryr: %s. Run the command in the '
+            'environment of kuryr-daemon. For containers that Kuryr has not '
+            'started, set [break0] discover or run kuryr-break0 bind.' % err))
+    except cfg.Error as err:
         return common.fail(common.USAGE, err)
     ports = api.list_ports()
     if not ports:

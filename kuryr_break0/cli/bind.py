@@ -64,9 +64,9 @@ examples:
 """
 #: Errors in the arguments, or in the interface or namespace that they name.
 _NOT_MEANT = (exceptions.AddressRefused, exceptions.InputRefused,
-              exceptions.NetnsUnusable, exceptions.NotAMacvlan,
-              exceptions.NotItsAddress, exceptions.ParentMismatch,
-              exceptions.ParentNotFound, exceptions.ParentUnfit)
+              exceptions.NetnsUnusable, exceptions.NotItsAddress,
+              exceptions.ParentMismatch, exceptions.ParentNotFound,
+              exceptions.ParentUnfit)
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -144,6 +144,9 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
                      origin=model.Origin.MANUAL)
     except (exceptions.AddressTaken, exceptions.ForeignRoute) as err:
         return common.fail(common.DRIFT, err)
+    except exceptions.NotAMacvlan as err:
+        return common.fail(common.USAGE, '%s Give the name of a macvlan with '
+                           '--ifname.' % err)
     except _NOT_MEANT as err:
         return common.fail(common.USAGE, err)
     finally:

@@ -278,6 +278,13 @@ class TestRefusals(ByHandTestCase):
         self.assertIn('it is in private mode on eth0',
                       self.bind_web('--netns', NETNS, code=2))
 
+    def test_an_interface_with_another_name(self) -> None:
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'name', 'net1',
+                     netns='web')
+        self.assertRegex(self.bind_web('--netns', NETNS, code=2),
+                         'does not exist.* Give the name of a macvlan with '
+                         '--ifname')
+
     def test_an_address_of_the_node_or_its_gateway(self) -> None:
         for address in (lab.NODE, lab.LAN):
             self.lab.run('ip', 'address', 'add', address + '/32', 'dev',

@@ -66,7 +66,9 @@ class TestWithoutKuryr(base.CNITestCase):
         self.assertIn(address, self.call('status'))
         self.assertEqual('', self.call('sync', '--dry-run'))
         self.call('probe', address)
-        self.assertIn('kuryr_kubernetes', self.call('adopt', code=2))
+        self.assertRegex(
+            self.call('adopt', code=2),
+            "'kuryr_kubernetes'. Run the command in the environment of")
         self.assertEqual(['agent-not-running'], re.findall(
             r'^[a-z]+: (.*)', self.call('doctor', code=4), re.M))
         self.runtime.remove(lan, netns)
