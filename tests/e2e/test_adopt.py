@@ -92,14 +92,14 @@ class TestWithTheDaemon(AdoptTestCase):
         self.delete(self.pod)
         self.assertNotIn(POD, self.node.lab.routes())
 
-    def test_one_whose_namespace_ends_first(self) -> None:
+    def test_a_pod_with_an_ended_namespace(self) -> None:
         self.adopt()
         self.node.lab.del_netns('pod')
         self.delete(self.pod)
         self.assertEqual({OTHER, '100.75.30.73'},
                          set(self.node.lab.routes()))
 
-    def test_what_the_daemon_has_bound_is_untouched(self) -> None:
+    def test_pods_of_the_daemon_stay_untouched(self) -> None:
         late = self.node.add_pod('late', '100.75.30.74')
         self.add(late)
         # status exits with 1, since the other pods are not bound.
@@ -141,14 +141,14 @@ class TestWhatIsFound(AdoptTestCase):
         for text in ('default/pod', POD, 'adopted', '/run/netns/pod'):
             self.assertIn(text, printed)
 
-    def test_only_what_is_of_this_node(self) -> None:
+    def test_a_node_without_pods(self) -> None:
         self.running_pod('pod', POD)
         for name in ('node-2', ''):
             done = self.call('adopt', code=3, KUBERNETES_NODE_NAME=name)
             self.assertIn('node %r' % name, done)
             self.assertIn('Nodes with KuryrPorts: node-1', done)
 
-    def test_what_is_skipped(self) -> None:
+    def test_skipped_pods(self) -> None:
         self.running_pod('deleted', '100.75.30.81')
         port = self.node.api.get('kuryrports', 'default', 'deleted')
         self.assertTrue(port['metadata']['finalizers'])
@@ -211,7 +211,7 @@ class TestWhatIsFound(AdoptTestCase):
         self.assertEqual('not found', found['outcome'])
         self.assertIn('on eth0', found['reason'])
 
-    def test_one_whose_vif_cannot_be_read(self) -> None:
+    def test_a_pod_with_an_unreadable_vif(self) -> None:
         self.running_pod('pod', POD)
         self.running_pod('bad', OTHER)
         port = self.node.api.get('kuryrports', 'default', 'bad')
@@ -308,7 +308,7 @@ class TestTheAPI(AdoptTestCase):
         super().setUp()
         self.node.write_conf()
 
-    def test_what_is_asked(self) -> None:
+    def test_the_requests_to_the_api(self) -> None:
         self.call('adopt', code=3)  # there is no pod
         self.assertEqual(
             [('GET', '/apis/openstack.org/v1/kuryrports?labelSelector='

@@ -49,7 +49,7 @@ class TestPod(DaemonTestCase):
             self.assertEqual(0, done.returncode, done.stdout + done.stderr)
         self.assertIn('Unbound ' + POD, self.node.output())
 
-    def test_what_is_on_the_wire_and_in_the_log(self) -> None:
+    def test_the_answer_and_the_log(self) -> None:
         self.node.start_daemon()
         pod = self.node.add_pod('pod', POD)
         answer = self.node.request(pod, 'ADD')

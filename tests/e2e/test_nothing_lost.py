@@ -87,7 +87,7 @@ class TestLateDel(NothingLostTestCase):
         self.delete(self.old)
         self.assert_reachable(new)
 
-    def test_of_another_pod_whose_sandbox_is_gone(self) -> None:
+    def test_of_another_pod_after_the_end_of_its_sandbox(self) -> None:
         new = self.replace_old()
         self.end_sandbox(self.old)
         self.delete(self.old)

@@ -23,7 +23,7 @@ class TestBench(unittest.TestCase):
     tests.functional.test_bench tests the other sections.
     """
 
-    def test_each_way_does_what_it_says(self) -> None:
+    def test_each_way_has_a_result(self) -> None:
         subprocess.run([str(REPOSITORY / 'tools/kuryr-cni-in-go'),
                         str(REPOSITORY / 'build/kuryr-cni')], check=True)
         done = subprocess.run(

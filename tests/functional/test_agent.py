@@ -49,7 +49,7 @@ class TestRepair(AgentTestCase):
         self.fault('neighbours flushed',
                    'ip neigh flush dev break0 nud permanent')
 
-    def test_what_was_changed_in_its_place(self) -> None:
+    def test_a_changed_item(self) -> None:
         address = 'fd00:30::71'
         self.lab.add_ipv6()
         self.lab.run('ip', 'address', 'add', address + '/64', 'dev',

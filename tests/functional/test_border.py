@@ -77,7 +77,7 @@ class TestForgery(BorderTestCase):
         self.assertFalse(self.received(udp(POD, '127.0.0.1')))
         self.assert_received(udp(POD, lab.NODE))
 
-    def test_the_sysctls_alone_stop_what_they_can(self) -> None:
+    def test_the_sysctls_alone_stop_foreign_sources(self) -> None:
         self.lab.run('nft', 'flush', 'ruleset')
         self.assert_received(udp(POD, lab.NODE))
         for source in (lab.LAN, BEYOND):
@@ -321,7 +321,7 @@ class TestLeaks(BorderTestCase):
         self.lab.run('nft', 'flush', 'ruleset')
         self.assertLess(10, self.leaked('ip -n pod link set eth0 down'))
 
-    def test_what_a_new_break0_inherits(self) -> None:
+    def test_sysctls_that_a_new_break0_inherits(self) -> None:
         self.require_egress()
         for path in ('ipv4/conf/default/proxy_arp',
                      'ipv4/conf/default/arp_notify',
@@ -392,7 +392,7 @@ class TestTable(BorderTestCase):
         self.manager().sync()
         self.assertEqual(others, self.pairs())
 
-    def test_what_others_do_to_it_is_repaired(self) -> None:
+    def test_changes_by_other_programs_are_repaired(self) -> None:
         table = 'netdev kuryr-break0-break0'
         for command in ('flush ruleset', 'delete table ' + table,
                         'flush table ' + table,
@@ -414,7 +414,7 @@ class TestTable(BorderTestCase):
                 self.assert_reachable()
                 self.assertFalse(self.manager().sync())
 
-    def test_what_others_delete_while_it_is_loaded_is_repaired(self) -> None:
+    def test_a_deletion_during_the_load_is_repaired(self) -> None:
         load = guard._load
 
         def interrupted(*args: Any) -> Optional[str]:
@@ -697,7 +697,7 @@ class TestInThePod(BorderTestCase):
         self.assertEqual('', self.ruleset())
         self.assertIn(self.TABLE, self.ruleset('other'))
 
-    def test_that_of_another_interface_stays(self) -> None:
+    def test_the_table_of_another_interface_stays(self) -> None:
         self.add_interface('eth1')
         self.bind('100.75.30.73', owner=Owner(OWNER.container_id, 'eth1'),
                   netns=self.netns, mac_of_pod=self.NEW_MAC)
@@ -718,7 +718,7 @@ class TestInThePod(BorderTestCase):
         self.assertEqual([], podside.withdraw(records[0], base.options()))
         self.assertEqual('', self.ruleset())
 
-    def test_what_it_should_not_be_is_repaired(self) -> None:
+    def test_a_changed_table_is_repaired(self) -> None:
         intact = self.ruleset()
         chain = 'netdev %s source-' % self.TABLE
         self.assertEqual(1, intact.count('chain source-'))
@@ -739,7 +739,7 @@ class TestInThePod(BorderTestCase):
                 self.assertFalse(self.can_send(OTHER_MAC))
                 self.assertFalse(self.manager().sync())
 
-    def test_what_a_pod_puts_there_is_not_read(self) -> None:
+    def test_tables_of_a_pod_are_not_read(self) -> None:
         messages = netlink.messages
         sizes: list[int] = []
 

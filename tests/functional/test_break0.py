@@ -29,7 +29,7 @@ class TestDevice(base.LabTestCase):
             self.assertIn(text, str(caught.exception))
         self.assertEqual(before, self.lab.link('break0'))
 
-    def test_what_break0_is(self) -> None:
+    def test_the_attributes_of_break0(self) -> None:
         self.lab.run('ip', 'link', 'set', lab.PARENT, 'mtu', '1400')
         self.bind()
         link = self.lab.link('break0')

@@ -67,7 +67,7 @@ class TestCheck(CLITestCase):
         self.assertEqual(severity, found[expected][0], found)
         self.assertIn(text, found[expected][1])
 
-    def test_what_is_wrong(self) -> None:
+    def test_each_wrong_precondition(self) -> None:
         self.assert_found('parent-missing', 'error', 'no interface eth7',
                           '--parent', 'eth7')
         add_unfit(self.lab)

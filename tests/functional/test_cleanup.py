@@ -157,7 +157,7 @@ class TestWhatIsNotOurs(CleanupTestCase):
         self.add_macvlan(parent='eth1')
         self.assert_left('in bridge mode on')
 
-    def test_nothing_says_whose_it_is(self) -> None:
+    def test_an_unmarked_break0(self) -> None:
         self.add_macvlan()
         self.assert_left('it may belong to another program')
         self.cleanup(OS_BREAK0__PARENT=lab.PARENT)
@@ -169,7 +169,7 @@ class TestWhatIsNotOurs(CleanupTestCase):
         self.cleanup()
         self.assertIsNone(self.lab.link('break0'))
 
-    def test_routes_on_what_nothing_says_is_ours(self) -> None:
+    def test_routes_on_an_unmarked_break0(self) -> None:
         self.add_macvlan()
         self.lab.run('ip', 'link', 'set', 'break0', 'up')
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'break0', 'proto',

@@ -119,7 +119,7 @@ class TestSync(CLITestCase):
         self.bind(POD, OTHER_POD)
         self.lab.run('ip', 'route', 'del', POD)
 
-    def test_it_prints_what_it_did(self) -> None:
+    def test_the_output_lists_the_changes(self) -> None:
         done = self.call('sync')
         self.assertEqual(0, done.returncode, done.stderr)
         self.assertEqual(

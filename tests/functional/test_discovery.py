@@ -63,7 +63,7 @@ class TestFinding(DiscoveryTestCase):
         self.until_bound()
         self.assertEqual([], self.lab.ip('neigh', 'show', 'dev', 'break0'))
 
-    def test_what_comes_and_goes_inside(self) -> None:
+    def test_addresses_come_and_go_in_a_container(self) -> None:
         self.lab.add_netns('one')
         self.start()
         self.lab.add_macvlan('one')
@@ -214,7 +214,7 @@ class TestFinding(DiscoveryTestCase):
         process.wait()  # old kernels cannot judge a zombie's namespace
         self.until_bound()
 
-    def test_what_is_not_found(self) -> None:
+    def test_interfaces_that_discovery_must_not_bind(self) -> None:
         self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth', 'peer',
                      'name', 'nic1')
         self.lab.run('ip', 'link', 'set', 'eth1', 'up')
@@ -487,7 +487,7 @@ class TestOwnership(DiscoveryTestCase):
         agent.send_signal(signal.SIGHUP)
         self.until_bound(base.POD)
 
-    def test_follows_what_was_rebuilt(self) -> None:
+    def test_follows_a_rebuilt_container(self) -> None:
         agent = self.start()
         self.lab.add_pod('one', ONE)
         self.until_bound(ONE)

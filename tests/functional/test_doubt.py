@@ -206,7 +206,7 @@ class TestLostLedger(DoubtTestCase):
             outcome = self.manager().sync()
         self.assertEqual(((), ()), (outcome.rebuilt, outcome.unclaimed))
 
-    def test_what_was_rebuilt_goes_with_its_pod(self) -> None:
+    def test_a_rebuilt_record_ends_with_its_pod(self) -> None:
         shutil.rmtree(STATE)
         self.assert_rebuilt(POD, OTHER_POD)
         # The DEL, with namespace and MAC address, unbinds the first pod.
@@ -218,7 +218,7 @@ class TestLostLedger(DoubtTestCase):
         self.reconcile()
         self.assertEqual({}, self.lab.routes())
 
-    def test_what_cannot_be_matched_stays(self) -> None:
+    def test_an_unmatched_route_stays(self) -> None:
         shutil.rmtree(STATE)
         # The first pod has lost its address, the second has a new MAC
         # address.
@@ -309,7 +309,7 @@ class TestOtherLedger(DoubtTestCase):
         self.assertIn(STATE, problems)
         self.assertEqual([], self.problems())
 
-    def test_what_it_has_bound_is_not_repaired_over_the_other(self) -> None:
+    def test_the_earlier_ledger_repairs_nothing(self) -> None:
         self.bind('100.75.30.80', state_dir='/run/other',
                   owner=Owner('c', 'eth0'), mac_of_pod=MAC % 9)
         self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1)
@@ -332,7 +332,7 @@ class TestOtherLedger(DoubtTestCase):
         self.reconcile()
         self.assert_reachable()
 
-    def test_a_dry_run_shows_what_is_taken_over(self) -> None:
+    def test_a_dry_run_shows_the_takeover(self) -> None:
         own = base.options(state_dir='/run/other')
         outcome = reconciler.Reconciler(
             own, ledger.Ledger(own.state_dir, 10)).sync(
@@ -448,7 +448,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
         problems = '\n'.join(self.problems())
         self.assertIn('eth7 does not exist on this node', problems)
 
-    def test_what_a_sync_cannot_do_is_no_repair(self) -> None:
+    def test_a_failed_change_is_no_repair(self) -> None:
         self.wrong_records()
         for dry_run in (True, False, False):
             outcome = reconciler.Reconciler(
@@ -528,7 +528,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
         self.assertLessEqual({*addresses, POD, OTHER_POD},
                              set(self.lab.routes()))
 
-    def test_whatever_fails_first_the_pod_is_recorded(self) -> None:
+    def test_the_pod_is_recorded_before_any_failure(self) -> None:
         broken: dict[str, Any] = {
             'dump': mock.patch.object(
                 kernel.Netlink, 'next_hops',
@@ -690,7 +690,7 @@ class TestPodSide(DoubtTestCase):
                   subnets=['100.75.30.0/24', 'fd00:30::/64'])
         self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))
 
-    def test_what_is_lost_there_is_repaired(self) -> None:
+    def test_lost_neighbours_of_a_pod_are_repaired(self) -> None:
         def neighbours() -> list[Any]:
             return self.lab.ip('neigh', 'show', 'nud', 'permanent',
                                netns='pod')
@@ -830,7 +830,7 @@ class TestStatus(cli_base.CLITestCase):
         self.assertIn('+ record %s owner adopted-' % POD, done.stdout)
         self.assertEqual(0, self.status()[0])
 
-    def test_what_was_never_bound(self) -> None:
+    def test_unbind_of_an_address_that_was_never_bound(self) -> None:
         done = self.call('unbind', '100.75.30.99', '--owner', 'web')
         self.assertEqual((0, '100.75.30.99 was not bound\n'),
                          (done.returncode, done.stdout))
@@ -879,7 +879,7 @@ class TestStatus(cli_base.CLITestCase):
         self.assertEqual(0, done.returncode, done.stderr)
         self.assertEqual({'100.75.30.80'}, set(self.lab.routes()))
 
-    def test_a_manual_bind_of_what_the_namespace_does_not_have(self) -> None:
+    def test_a_manual_bind_of_an_address_elsewhere(self) -> None:
         done = self.call('bind', '100.75.30.81', '--owner', 'web',
                          '--netns', self.netns)
         self.assertEqual(2, done.returncode)

@@ -119,7 +119,7 @@ class TestConnect(DriverTestCase):
         self.assertIn("'x' is not an IPv4", '\n'.join(logs.output))
         self.assertEqual(['eth0'], list(self.pod_links()))
 
-    def test_what_nobody_foresaw_costs_no_pod(self) -> None:
+    def test_an_unexpected_error_costs_no_pod(self) -> None:
         with mock.patch.object(kernel.Netlink, 'change',
                                side_effect=ZeroDivisionError):
             with self.assertLogs('kuryr_break0', 'ERROR') as logs:
@@ -148,7 +148,7 @@ class TestConnect(DriverTestCase):
                                     'deleted'):
             self.connect(netns=netns, container_id='b')
 
-    def test_what_is_left_in_the_pod_is_removed(self) -> None:
+    def test_remaining_interfaces_in_the_pod_are_removed(self) -> None:
         for name in ('eth0', self.vif.vif_name):
             self.lab.run('ip', 'link', 'add', name, 'type', 'veth',
                          'peer', 'name', 'peer-' + name[:4], netns='pod')
@@ -195,7 +195,7 @@ class TestConnectDirectly(TestConnect):
     binding = 'auto'
     disconnecting = driver.pod_binding
 
-    def test_who_makes_it_by_default(self) -> None:
+    def test_the_default_creator_of_the_interface(self) -> None:
         for is_known in (True, False):
             with self.subTest(is_known=is_known), mock.patch.object(
                     nested.MacvlanDriver, 'connect', autospec=True,
@@ -374,7 +374,7 @@ class TestDisconnect(DriverTestCase):
         self.assertEqual({}, self.lab.routes())
         self.assertEqual(set(), self.bound())
 
-    def test_what_an_earlier_add_has_bound_goes_too(self) -> None:
+    def test_addresses_of_an_earlier_add_are_unbound_too(self) -> None:
         self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
         other = vif(base.OTHER_POD)
         self.connect(vif=other)

@@ -212,7 +212,7 @@ class TestSync(base.LabTestCase):
         self.assertEqual((0, ''), (done.returncode, done.stdout), done.stderr)
         self.assert_untouched()
 
-    def test_what_few_rights_do_not_show_is_said(self) -> None:
+    def test_the_output_names_objects_that_few_rights_hide(self) -> None:
         self.lab.add_pod('unbound', '100.75.30.99')
         for verb in 'doctor', 'status':
             for rights, expected in (FEW_RIGHTS, True), ((), False):

@@ -88,7 +88,7 @@ class TestExhausted(FinderTestCase):
                 with contextlib.suppress(OSError, exceptions.Break0Error):
                     self.step()
 
-    def test_what_came_meanwhile(self) -> None:
+    def test_a_container_that_started_without_an_event(self) -> None:
         expected = set()
         for count in range(12):
             with self.subTest(descriptors=count):
@@ -99,7 +99,7 @@ class TestExhausted(FinderTestCase):
                 self.starve(count)
                 self.assert_bound(*expected)
 
-    def test_what_changed_meanwhile(self) -> None:
+    def test_a_container_that_changed_without_an_event(self) -> None:
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()
         self.assert_bound(ONE)
@@ -112,7 +112,7 @@ class TestExhausted(FinderTestCase):
                     self.starve(count)
                     self.assert_bound(ONE, *([address] if address else []))
 
-    def test_what_ended_meanwhile(self) -> None:
+    def test_a_container_that_ended_without_an_event(self) -> None:
         self.lab.add_pod('one', ONE)
         for count in range(12):
             with self.subTest(descriptors=count):
@@ -441,7 +441,7 @@ class TestNoisy(FinderTestCase):
             self.assertLess(len(self.bound()), len(addresses))
             self.assert_bound(*addresses)
 
-    def test_what_is_bound_stays_beyond_the_limits(self) -> None:
+    def test_a_bound_address_stays_beyond_the_limits(self) -> None:
         self.lab.add_pod('one', ONE)
         self.assert_bound(ONE)
         with mock.patch.object(kernel, 'QUICK_LIMITS', kernel.Limits(4, 3, 4)):

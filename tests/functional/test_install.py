@@ -38,7 +38,7 @@ class TestInstall(CLITestCase):
                       self.install(code=2))
         self.assertFalse(DEST.exists())
 
-    def test_what_is_no_network(self) -> None:
+    def test_a_text_that_is_no_network(self) -> None:
         for text, answer in (('foo', 'is no network'),
                              ('100.75.30.51/24',
                               'did you mean 100.75.30.0/24?'),
@@ -71,7 +71,7 @@ class TestInstall(CLITestCase):
                       settings.read_text())
         self.assertNotIn('has other networks', self.install(CIDRS))
 
-    def test_what_it_installs_and_keeps(self) -> None:
+    def test_installed_and_kept_files(self) -> None:
         self.assertNotIn('Kept', self.install(CIDRS))
         for path in ('etc/systemd/networkd.conf.d/kuryr-break0.conf',
                      'etc/systemd/network/10-kuryr-break0.network',

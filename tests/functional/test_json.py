@@ -117,7 +117,7 @@ class TestStatus(JSONTestCase):
         self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth')
         self.assertEqual('veth', self.valid('status')['device']['kind'])
 
-    def test_what_else_there_is_is_not_valid(self) -> None:
+    def test_a_changed_document_is_not_valid(self) -> None:
         # A validator that accepts every document would hide all errors.
         self.add_pod()
         document = self.valid('status')
@@ -162,7 +162,7 @@ class TestCleanup(JSONTestCase):
         self.assertEqual(wanted, self.valid('cleanup'))
         self.assertEqual({'removed': [], 'left': []}, self.valid('cleanup'))
 
-    def test_what_is_left(self) -> None:
+    def test_the_remaining_objects(self) -> None:
         self.add_pod()
         with ledger.Ledger(options().state_dir, 1).heartbeat.keep() as beat:
             beat()

@@ -88,7 +88,7 @@ class TestReachability(base.LabTestCase):
 
 class TestRoutes(base.LabTestCase):
 
-    def test_what_a_route_is(self) -> None:
+    def test_the_attributes_of_a_route(self) -> None:
         self.bind()
         route = self.lab.routes()[POD]
         self.assertEqual(
@@ -248,7 +248,7 @@ class TestRoutes(base.LabTestCase):
         with self.assertRaises(exceptions.ForeignRoute):
             self.bind('100.75.30.73', route_table=1000)
 
-    def test_unbind_what_is_not_there(self) -> None:
+    def test_unbind_an_unbound_address(self) -> None:
         self.unbind()  # break0 does not exist
         self.bind(OTHER_POD)
         self.unbind()
@@ -380,7 +380,7 @@ class TestOwnership(base.LabTestCase):
         self.assertIn(POD, self.lab.routes())
         self.assertEqual({POD}, self.bound())
 
-    def test_an_address_belongs_to_who_bound_it_last(self) -> None:
+    def test_an_address_belongs_to_its_last_owner(self) -> None:
         self.bind()
         self.bind(owner=OTHER_OWNER)
         self.unbind(owner=OWNER)
@@ -484,7 +484,7 @@ class TestConnectionTracking(base.LabTestCase):
         self.unbind(owner=OWNER)
         self.assertEqual(0, self.tracked(POD))
 
-    def test_who_has_it_after_one_that_is_gone_does_not_get_them(
+    def test_connections_of_a_gone_owner_are_deleted(
             self) -> None:
         self.lab.run('ip', 'address', 'add', POD + '/24', 'dev', 'eth0',
                      netns='other')

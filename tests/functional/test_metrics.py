@@ -126,7 +126,7 @@ class TestRepairs(MetricsTestCase):
         self.start()
         self.fault({}, 'true')
 
-    def test_what_the_kernel_tells_of(self) -> None:
+    def test_faults_with_an_event_of_the_kernel(self) -> None:
         self.start()
         self.fault({'route': 1}, 'ip', 'route', 'del', POD)
         self.fault({'neighbour': 1}, 'ip', 'neigh', 'del', POD, 'dev',
@@ -139,7 +139,7 @@ class TestRepairs(MetricsTestCase):
         self.assertEqual(0, self.value('events_lost_total'))
         self.assertEqual(0, self.value('sync_failures_total'))
 
-    def test_what_it_is_not_told_of(self) -> None:
+    def test_faults_without_an_event(self) -> None:
         self.start('resync_interval = 1')
         self.fault({'device': 1}, 'sh', '-c',
                    'echo 0 >/proc/sys/net/ipv4/conf/break0/arp_filter')
@@ -357,7 +357,7 @@ class TestServer(MetricsTestCase):
             and (self.value('sync_seconds_count') or 0) > syncs)
         self.assertEqual(before, sockets())
 
-    def test_who_keeps_silent_holds_up_nobody(self) -> None:
+    def test_a_silent_client_holds_up_nobody(self) -> None:
         self.start()
         silent = [socket.create_connection(('127.0.0.1', 9817))
                   for _ in range(10)]
@@ -367,7 +367,7 @@ class TestServer(MetricsTestCase):
         for each in silent:
             each.close()
 
-    def test_what_is_not_there(self) -> None:
+    def test_an_unknown_path_or_request(self) -> None:
         self.start()
         self.assertEqual((404, 'See /metrics, /healthz and /livez\n'),
                          self.get('/'))

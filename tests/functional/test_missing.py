@@ -131,7 +131,7 @@ class TestReplaced(MissingTestCase):
         self.assertTrue(self.lab.ping(POD))
         self.assertTrue(self.lab.ping(POD6))
 
-    def test_what_is_bound_beside_it_stays(self) -> None:
+    def test_other_bound_addresses_stay(self) -> None:
         self.change()
         self.add(LATER, LATER6)
         self.sync(2)

@@ -234,7 +234,7 @@ class TestChange(base.LabTestCase):
         finally:
             gc.enable()
 
-    def test_what_was_sent_is_no_garbage(self) -> None:
+    def test_garbage_does_not_grow_with_the_requests(self) -> None:
         # Each request leaves one answer as garbage, for any number of
         # changes.
         with kernel.Netlink() as netlink:
@@ -483,7 +483,7 @@ class TestDumps(base.LabTestCase):
                 self.assertLessEqual(self.reads, 2)
             self.assertEqual(count, len(dump()))
 
-    def test_what_a_pod_has_too_much_of(self) -> None:
+    def test_dumps_of_a_full_namespace_are_bounded(self) -> None:
         index = kernel.find_ifindex(lab.PARENT) or 0
         self.load('ip', '-batch', lines=[
             line % (number // 250, number % 250, lab.PARENT)
@@ -525,7 +525,7 @@ class TestEvents(base.LabTestCase):
         self.assertEqual(not has_room, 'lost' in heard)
         self.assertEqual(has_room, heard.count('route') == 2000)
 
-    def test_what_is_lost_until_all_was_read(self) -> None:
+    def test_events_lost_before_the_queue_was_empty(self) -> None:
         # The kernel reports the loss once, and drops further events until the
         # queue is empty.
         with kernel.Events() as events:

@@ -363,7 +363,7 @@ class TestIntoAVrf(ParentKindTestCase):
     def build(self) -> None:
         """Build nothing: the test adds the VRF later."""
 
-    def test_the_doctor_and_what_it_says(self) -> None:
+    def test_the_finding_of_the_doctor(self) -> None:
         self.VRF = VRF
         VrfTestCase.build(self)  # type: ignore[arg-type]
         self.address()

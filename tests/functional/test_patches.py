@@ -22,7 +22,7 @@ from tests.support import lab
 
 class TestView(driver_base.DriverTestCase):
 
-    def test_interfaces_and_addresses_are_those_of_the_node(self) -> None:
+    def test_interfaces_and_addresses_equal_the_node(self) -> None:
         self.lab.add_ipv6()
         self.lab.settle()
         # IPDB offers interfaces as attributes. These names are no identifiers,
@@ -56,7 +56,7 @@ class TestView(driver_base.DriverTestCase):
             self.assertFalse(hasattr(ipdb, 'routes'))
             self.assertFalse(hasattr(ipdb, 'rules'))
 
-    def test_that_of_a_pod_is_whole(self) -> None:
+    def test_the_ipdb_of_a_pod_is_whole(self) -> None:
         self.connect()
         b_base._configure_l3(self.vif, 'eth0', self.netns, True)
         with patches.read_interfaces_only(), \
@@ -160,7 +160,7 @@ class TestCost(driver_base.DriverTestCase):
         self.bind('10.75.0.1', owner=base.OTHER_OWNER)  # nft loads the guard
         self.assertNotIn('execve(', self.trace('break0'))
 
-    def test_what_is_read_does_not_grow_with_the_pods(self) -> None:
+    def test_the_read_amount_does_not_grow_with_the_pods(self) -> None:
         self.lab.add_ipv6()
         self.lab.settle()
         self.read('break0')  # creates break0

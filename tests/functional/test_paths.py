@@ -409,7 +409,7 @@ class TestNeighbours(DualStackTestCase):
 
         lab.until(is_believed)
 
-    def test_those_of_others_stay(self) -> None:
+    def test_foreign_entries_stay(self) -> None:
         self.lab.run('ip', 'neigh', 'add', '100.75.30.99', 'dev', 'break0',
                      'lladdr', '02:00:00:00:00:09')
         self.manager().sync()

@@ -268,7 +268,7 @@ class TestProbe(CLITestCase):
         self.assertIn('on the node the table ip filter, chain INPUT, drops',
                       self.traced(POD))
 
-    def test_trace_of_what_no_rule_drops(self) -> None:
+    def test_trace_of_a_packet_that_no_rule_drops(self) -> None:
         self.bind_pod()
         self.lab.run('ip', 'address', 'del', POD + '/24', 'dev', 'eth0',
                      netns='pod')
@@ -278,7 +278,7 @@ class TestProbe(CLITestCase):
         self.assertIn('to the pod, in the pod (ingress)', shown)
         self.assertNotIn('from the pod, on the node', shown)
 
-    def test_trace_of_what_would_leave_the_node(self) -> None:
+    def test_trace_of_a_packet_to_the_lan(self) -> None:
         self.bind_pod()
         self.lab.run('ip', 'link', 'set', 'eth0', 'type', 'macvlan', 'mode',
                      'private', netns='pod')

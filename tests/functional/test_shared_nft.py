@@ -53,7 +53,7 @@ class TestSharedSocket(base.LabTestCase):
             return {'.'.join(map(str, pair.address))
                     for pair in own.elements(TABLE)}
 
-    def test_only_who_holds_the_lock_gets_it(self) -> None:
+    def test_only_the_holder_of_the_lock_gets_it(self) -> None:
         self.assertIsNot(self.shared, kernel.open_node_nft())
         self.assertFalse(self.ledger.is_locked)
         with self.ledger.lock():
@@ -104,7 +104,7 @@ class TestSharedSocket(base.LabTestCase):
         self.assertEqual(0, base.wait_for(base.in_child(bound)))
         self.assertIn(OTHER, self.admitted())
 
-    def test_what_is_posted_disturbs_nobody(self) -> None:
+    def test_errors_of_posted_messages_disturb_nobody(self) -> None:
         """Errors of posted messages stay unread until the next request."""
         refused = netlink.Message(1 << 8 | 99, 0, bytes(4))
         for _ in range(3):

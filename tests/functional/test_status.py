@@ -165,7 +165,7 @@ class TestStatus(CLITestCase):
                 self.assertIn(text, doctor)
                 self.text()
 
-    def test_who_is_asked_for_ways(self) -> None:
+    def test_routes_are_looked_up_only_with_rules(self) -> None:
         """Routes are looked up only if a rule is not a default rule."""
         with mock.patch.object(kernel.Netlink, 'lookup', autospec=True,
                                return_value=None) as lookup:

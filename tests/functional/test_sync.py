@@ -49,7 +49,7 @@ class TestFaults(SyncTestCase):
     def test_none(self) -> None:
         self.assert_healed(changed=False)
 
-    def test_nobody_waits_for_what_needs_no_lock(self) -> None:
+    def test_look_ups_do_not_hold_the_lock(self) -> None:
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
         state = ledger.Ledger(base.options().state_dir)
         were_free: list[bool] = []
@@ -227,7 +227,7 @@ class TestWithoutAgent(SyncTestCase):
         self.manager().housekeep()
         self.assertEqual(self.healthy, self.lab.routes())
 
-    def test_what_cannot_be_restored_is_tried_once(self) -> None:
+    def test_an_impossible_repair_is_tried_once(self) -> None:
         self.lab.run('ip', 'route', 'replace', '100.75.30.100', 'dev', 'lo')
         with self.assertLogs('kuryr_break0', 'ERROR') as logs:
             self.next_pod()
@@ -321,7 +321,7 @@ class TestUnclaimed(SyncTestCase):
         self.assertEqual(PODS | {POD}, set(self.lab.routes()))
         self.assertEqual([], self.problems())
 
-    def test_one_whose_record_cannot_be_read_stays(self) -> None:
+    def test_a_route_with_an_unreadable_record_stays(self) -> None:
         self.bind(POD)
         with open('/run/kuryr-break0/addresses/%s.json' % POD, 'w') as file:
             file.write('damaged')

@@ -285,7 +285,7 @@ class TestReasons(UnservedTestCase):
 
 class TestBound(UnservedTestCase):
 
-    def test_who_is_bound_is_not_listed(self) -> None:
+    def test_a_bound_container_is_not_listed(self) -> None:
         """A bound container is recognised by namespace or MAC address."""
         self.configure('enabled = true')
         self.bind(ONE, netns=self.lab.add_pod('one', ONE))
@@ -354,7 +354,7 @@ class TestPodSide(UnservedTestCase):
                       'with its parent, restart the container',
                       ' '.join(done.stdout.split()))
 
-    def test_what_is_not_examined(self) -> None:
+    def test_an_unexamined_address_is_named(self) -> None:
         self.configure('enabled = true')
         self.bind(ONE)
         done = self.call('status')

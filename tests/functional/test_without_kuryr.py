@@ -52,7 +52,7 @@ class TestWithoutKuryr(base.CNITestCase):
                 [self.bin + '/python', '-c', 'import ' + name],
                 stderr=subprocess.DEVNULL).returncode)
 
-    def test_requirements_are_those_of_the_package(self) -> None:
+    def test_requirements_equal_the_package(self) -> None:
         whole = _requirements(ROOT / 'requirements.txt')
         self.assertEqual({name: line for name, line in whole.items()
                           if name not in _FOR_KURYR},

@@ -11,7 +11,7 @@ from kuryr_break0 import model
 
 class TestAddresses(unittest.TestCase):
 
-    def test_as_those_of_the_standard_library(self) -> None:
+    def test_like_the_standard_library(self) -> None:
         for text in '10.1.2.3', 'fd00::1', '::', 'fe80::1%eth0':
             with self.subTest(text):
                 own = model.address_from_text(text)

@@ -34,16 +34,16 @@ class TestAdd(unittest.TestCase):
         for name, before, after, rivals, is_handed_over in (
                 ('none', (), (new,), (), False),
                 ('its own', (claim('new'),), (new,), (), False),
-                ('its own of later', (claim('new', bound_at=9),),
+                ('its own later one', (claim('new', bound_at=9),),
                  (claim('new', bound_at=9),), (), False),
-                ('what was discovered there', (discovered,), (new,), (),
+                ('one discovered there', (discovered,), (new,), (),
                  False),
-                ('what was discovered elsewhere',
+                ('one discovered elsewhere',
                  (dataclasses.replace(discovered, namespace=THERE),),
                  (new, dataclasses.replace(discovered, namespace=THERE)),
                  (dataclasses.replace(discovered, namespace=THERE),), True),
-                ('what was rebuilt there', (rebuilt,), (new,), (), False),
-                ('what was adopted there',
+                ('one rebuilt there', (rebuilt,), (new,), (), False),
+                ('one adopted there',
                  (dataclasses.replace(rebuilt, origin=Origin.KURYR),),
                  (new, dataclasses.replace(rebuilt, origin=Origin.KURYR)),
                  (dataclasses.replace(rebuilt, origin=Origin.KURYR),), True),
@@ -52,9 +52,9 @@ class TestAdd(unittest.TestCase):
                 ('its own, and an earlier one',
                  (claim('new'), claim('old', THERE)),
                  (new, claim('old', THERE)), (claim('old', THERE),), False),
-                ('one that is gone', (claim('gone', THERE),), (new,), (),
+                ('a gone one', (claim('gone', THERE),), (new,), (),
                  True),
-                ('one whose end is never proven', (claim('old', None),),
+                ('one without a provable end', (claim('old', None),),
                  (new,), (claim('old', None),), True)):
             with self.subTest(before=name):
                 self.assertEqual(

@@ -44,7 +44,7 @@ class TestComparison(unittest.TestCase):
                 self.assertFalse(found.is_known)
                 self.assertIn('it differs from Kuryr', found.text)
 
-    def test_what_is_not_replaced_does_not_count(self) -> None:
+    def test_code_that_is_not_replaced_does_not_count(self) -> None:
         self.assertTrue(self.changed("VLAN_KIND = 'vlan'",
                                      "VLAN_KIND = 'other'").is_known)
 

@@ -91,7 +91,7 @@ class TestCompletion(unittest.TestCase):
             self.assertEqual(path.read_text(), printed(shell))
 
     @unittest.skipUnless(os.path.exists(LOADER), 'no bash-completion here')
-    def test_bash_finds_what_is_installed(self) -> None:
+    def test_bash_finds_the_installed_script(self) -> None:
         """bash-completion finds the script below the prefix of pip or make."""
         (self.dir / 'a-file').touch()
         target = self.dir / 'share/bash-completion/completions'
@@ -103,7 +103,7 @@ class TestCompletion(unittest.TestCase):
             'bash', '--rcfile', str(rc), '-i',
             XDG_DATA_DIRS='%s/share:/usr/share' % self.dir))
 
-    def test_bash_reads_what_is_printed(self) -> None:
+    def test_bash_reads_the_printed_script(self) -> None:
         (self.dir / 'a-file').touch()
         rc = self.dir / 'rc'
         rc.write_text('eval "$(kuryr-break0 --shell_completion bash)"\n'

@@ -147,7 +147,7 @@ metrics_bind = [::1]:80
                                     'OS_BREAK0__STRICT'):
             load(OS_BREAK0__STRICT='maybe')
 
-    def test_the_name_is_known_whatever_is_wrong(self) -> None:
+    def test_the_name_is_known_despite_wrong_options(self) -> None:
         for section, name in (('device = shim\naddr = x', 'shim'),
                               ('device = a/b', 'break0')):
             with tempfile.NamedTemporaryFile('w') as file:
@@ -168,7 +168,7 @@ metrics_bind = [::1]:80
 
 class TestHelp(unittest.TestCase):
 
-    def test_what_is_documented_are_the_options(self) -> None:
+    def test_the_documented_options_are_the_options(self) -> None:
         (group, opts), = config.list_opts()
         self.assertEqual('break0', group.name)
         self.assertEqual([opt.name for opt in config.OPTS],

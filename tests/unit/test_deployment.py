@@ -127,7 +127,7 @@ class TestConfiguration(OverlayTestCase):
         self.assertEqual(self.daemon_set['metadata']['namespace'],
                          self.built['ConfigMap']['metadata']['namespace'])
 
-    def test_what_is_commented_out(self) -> None:
+    def test_commented_options(self) -> None:
         built = overlay.build(
             uncommented='- OS_BREAK0__ALLOWED_CIDRS=')
         container = overlay.container(built['DaemonSet'], overlay.AGENT)
@@ -164,7 +164,7 @@ class TestAgent(OverlayTestCase):
                          self.agent['command'])
         self.assertIn('/etc/kuryr', self.mounts(self.agent))
 
-    def test_takes_in_what_ran_before(self) -> None:
+    def test_adopts_earlier_pods(self) -> None:
         shell, option, line = self.agent['lifecycle']['postStart']['exec'][
             'command']
         self.assertEqual(('sh', '-c'), (shell, option))
@@ -184,7 +184,7 @@ class TestAgent(OverlayTestCase):
         self.assertEqual({'drop': ['ALL'], 'add': ['NET_ADMIN', 'SYS_ADMIN']},
                          rights['capabilities'])
 
-    def test_what_it_sees_of_the_host(self) -> None:
+    def test_mounts_of_the_host(self) -> None:
         seen = {path: mount for path, mount
                 in self.mounts(self.agent).items() if mount['host']}
         self.assertEqual({
@@ -260,7 +260,7 @@ class TestDockerfile(unittest.TestCase):
                 and not words[0].startswith('--from=')
                 for source in words[:-1]}
 
-    def test_builders_are_sent_what_is_copied(self) -> None:
+    def test_builders_get_the_copied_files(self) -> None:
         with open(os.path.join(overlay.ROOT, '.dockerignore')) as file:
             first, *lines = [line.strip() for line in file
                              if not line.startswith('#')]
@@ -297,7 +297,7 @@ class TestDockerfile(unittest.TestCase):
 
 class TestControllerDockerfile(unittest.TestCase):
 
-    def test_it_installs_as_that_of_the_daemonset_does(self) -> None:
+    def test_it_installs_like_the_image_of_the_daemonset(self) -> None:
         texts = []
         for name in ('Dockerfile', 'controller.Dockerfile'):
             with open(os.path.join(overlay.OVERLAY, name)) as file:
@@ -379,7 +379,7 @@ class TestGenerator(unittest.TestCase):
 
     @unittest.skipUnless(SOURCES, 'needs the sources of Kuryr: '
                          'tools/kuryr-sources .venv/kuryr-sources')
-    def test_it_writes_what_the_overlay_is_tested_with(self) -> None:
+    def test_it_writes_the_tested_overlay(self) -> None:
         for engine in ('docker', 'crio'):
             with tempfile.TemporaryDirectory() as directory:
                 into = os.path.join(directory, 'new')

@@ -140,7 +140,7 @@ class TestCounters(unittest.TestCase):
             '[%d:84] -A mine -i break+ -j REJECT\nCOMMIT\n' % (
                 first, second, second), 'iptables-legacy'))
 
-    def test_what_has_risen(self) -> None:
+    def test_rules_with_a_risen_counter(self) -> None:
         """Rules for other interfaces are not reported."""
         rules = firewall.risen(self.saved(1, 1), self.saved(2, 2), 'break0')
         self.assertEqual(
@@ -151,7 +151,7 @@ class TestCounters(unittest.TestCase):
         self.assertEqual([], firewall.risen(self.saved(1, 1),
                                             self.saved(1, 1), 'break0'))
 
-    def test_what_lets_pass(self) -> None:
+    def test_the_command_of_each_firewall(self) -> None:
         for table, chain, command in (
                 ('ip filter', 'INPUT',
                  'iptables -t filter -I INPUT -i break0 -j ACCEPT'),

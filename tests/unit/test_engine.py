@@ -114,7 +114,7 @@ class TestManager(EngineTestCase):
         self.assertEqual({OTHER}, self.routed())
         self.assertEqual({POD, OTHER}, self.recorded())
 
-    def test_who_yields_is_not_bound_without_a_record(self) -> None:
+    def test_a_yielding_bind_needs_a_record(self) -> None:
         asked: list[object] = []
         self.fake.fail = lambda verb, item: asked.append(item)
         with mock.patch.object(
@@ -165,7 +165,7 @@ class TestUndo(EngineTestCase):
                 self.assertEqual((set(), set()), (self.routed(),
                                                   self.recorded()))
 
-    def test_what_is_refused_costs_no_other_address(self) -> None:
+    def test_a_refused_address_costs_no_other_address(self) -> None:
         foreign = HostRoute(POD, 1, 4, 254, None, 0)
         self.fake.set_route(foreign)
         with self.assertRaises(exceptions.ForeignRoute):
@@ -191,7 +191,7 @@ class TestUndo(EngineTestCase):
         self.sync()
         self.assertEqual({POD}, self.routed())
 
-    def test_what_was_there_before_stays(self) -> None:
+    def test_the_earlier_claim_stays(self) -> None:
         self.bind(POD)
         before = dict(self.fake.host), dict(self.fake.known)
         self.fake.fail = lambda verb, item: (
@@ -201,7 +201,7 @@ class TestUndo(EngineTestCase):
         self.assertEqual(before, (self.fake.host, self.fake.known))
         self.assertEqual({POD}, self.recorded())
 
-    def test_what_a_dead_one_had_before_goes(self) -> None:
+    def test_items_of_a_dead_pod_are_removed(self) -> None:
         """A failing bind removes a dead pod's items, even its neighbour."""
         for failing in ((HostRoute, Neighbour), (HostRoute,), ()):
             with self.subTest(failing=failing):
@@ -306,7 +306,7 @@ class TestReconciler(EngineTestCase):
         self.assertEqual(1, len(self.sync().errors))
         self.assertEqual({OTHER}, self.routed())
 
-    def test_only_what_is_proven_gone_is_deleted(self) -> None:
+    def test_only_proven_absence_deletes(self) -> None:
         self.bind(POD)
         self.bind(OTHER, owner=OTHER_OWNER, netns='/b', mac=OTHER_MAC)
         self.sync()
@@ -315,7 +315,7 @@ class TestReconciler(EngineTestCase):
         self.sync()
         self.assertEqual(({POD}, {POD}), (self.routed(), self.recorded()))
 
-    def test_a_gone_one_whose_address_another_has_by_now(self) -> None:
+    def test_a_gone_pod_with_an_address_of_another_pod(self) -> None:
         # The neighbour's MAC address belongs to a pod that is not recorded.
         self.bind(POD)
         index = self.fake.links['break0'].index
@@ -335,7 +335,7 @@ class TestReconciler(EngineTestCase):
                                  in self.sync().rebuilt])
         self.assertEqual(({POD}, {POD}), (self.routed(), self.recorded()))
 
-    def test_what_does_not_match_is_not_rebuilt(self) -> None:
+    def test_unmatched_items_are_not_rebuilt(self) -> None:
         self.bind(POD)
         shutil.rmtree(self.state)
         mine = dataclasses.replace(self.fake.links['eth0'], mac=MAC)
@@ -446,7 +446,7 @@ class TestDevice(EngineTestCase):
                 self.ensure()
         self.assertNotIn('break0', self.fake.links)
 
-    def test_one_whose_creation_reports_an_error(self) -> None:
+    def test_a_break0_with_an_error_at_its_creation(self) -> None:
         """A created break0 is used, even if its creation reports an error.
 
         IPDB reports an error if all tries of its dump are interrupted.

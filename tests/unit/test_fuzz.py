@@ -108,7 +108,7 @@ class TestVIF(unittest.TestCase):
     @fuzzed
     @given(trees, st.sampled_from(['address', 'cidr', 'ips', 'subnets',
                                    'vif_name']))
-    def test_what_a_kuryrport_says(self, tree: Any, where: str) -> None:
+    def test_any_content_of_a_kuryrport(self, tree: Any, where: str) -> None:
         primitive = kuryr.macvlan_vif(
             '100.75.30.71', 'fd00::71',
             subnets=['100.75.30.0/24', 'fd00::/64']).obj_to_primitive()
@@ -329,7 +329,7 @@ class TestCNI(unittest.TestCase):
 
     @fuzzed
     @given(configs)
-    def test_what_a_good_request_has(self, fields: dict[str, Any]) -> None:
+    def test_addresses_of_a_good_request(self, fields: dict[str, Any]) -> None:
         """Addresses of a parsed request belong to their networks."""
         with contextlib.suppress(request.CNIError):
             found = request.parse(

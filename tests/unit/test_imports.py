@@ -58,7 +58,7 @@ class TestImports(unittest.TestCase):
                     name.rpartition('.')[2] for name in found
                     if name.startswith('kuryr_break0.cli.')} - {'names'})
 
-    def test_what_needs_no_verb(self) -> None:
+    def test_arguments_without_a_verb(self) -> None:
         for arguments in ((), ('--help',), ('--version',), ('statsu',)):
             with self.subTest(arguments):
                 found = imported(*arguments)

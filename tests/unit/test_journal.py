@@ -50,7 +50,7 @@ class TestJournal(unittest.TestCase):
         self.journal.add(Done.BIND)
         self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
 
-    def test_what_is_not_a_record_is_left_out(self) -> None:
+    def test_damaged_records_are_left_out(self) -> None:
         with open(self.path, 'wb') as file:
             file.write(b'\xff' * 16)
         self.journal.add(Done.BIND)

@@ -128,7 +128,7 @@ class TestInspection(LedgerTestCase):
         self.assertEqual(([], 5, False),
                          self.inspect(*9 * [self.come_and_go]))
 
-    def test_who_holds_the_lock_for_long_is_not_waited_for_again(
+    def test_a_long_held_lock_is_awaited_once(
             self) -> None:
         end = self.hold()
         try:
@@ -180,7 +180,7 @@ class TestInspection(LedgerTestCase):
 
 class TestRecords(LedgerTestCase):
 
-    def test_what_was_put_is_there(self) -> None:
+    def test_a_written_record_can_be_read(self) -> None:
         self.records.put([RECORD])
         self.assertEqual(RECORD, self.records.get(ADDRESS))
         self.assertEqual(RECORD,
@@ -266,7 +266,7 @@ class TestRecords(LedgerTestCase):
             self.records.list_part(0, 10)
         self.assertEqual(5, self.records.count())
 
-    def test_a_writer_killed_half_way_leaves_what_was_there(self) -> None:
+    def test_a_killed_writer_leaves_the_earlier_record(self) -> None:
         self.records.put([RECORD])
         unfinished = self.file('.unfinished.42.100.75.30.71.json')
         with open(unfinished, 'w') as file:
@@ -295,7 +295,7 @@ class TestRecords(LedgerTestCase):
             files.replace(self.file(), texts[1])
         self.assertEqual('short', files.read(self.file(), 100))
 
-    def test_a_full_disk_leaves_what_was_there(self) -> None:
+    def test_a_full_disk_leaves_the_earlier_record(self) -> None:
         self.records.put([RECORD])
         with mock.patch('os.write', side_effect=OSError(28, 'No space')):
             with self.assertRaisesRegex(exceptions.LedgerUnavailable,
@@ -371,7 +371,7 @@ class TestRecords(LedgerTestCase):
                 shutil.rmtree(self.file(name)) if os.path.isdir(
                     self.file(name)) else os.unlink(self.file(name))
 
-    def test_whose_it_was_is_not_known(self) -> None:
+    def test_the_owner_of_a_damaged_record_is_unknown(self) -> None:
         self.records.put([RECORD])
         self.write('damaged')
         self.assertEqual(({}, {ADDRESS}), self.read())
@@ -494,7 +494,7 @@ class TestIdentity(LedgerTestCase):
             self.assertIsNone(identity.Alias.parse(text))
         self.assertLessEqual(len(str(found.alias('/' + 'x' * 500))), 255)
 
-    def test_what_this_process_lacks_is_no_damage(self) -> None:
+    def test_a_lack_of_resources_is_no_damage(self) -> None:
         found = self.ledger.ensure_identity()
         with mock.patch.object(os, 'open', side_effect=OSError(
                 errno.EMFILE, 'of the test')):
@@ -517,7 +517,7 @@ class TestIdentity(LedgerTestCase):
                     found = self.ledger.ensure_identity()
                 self.assertEqual(found, self.ledger.identity())
 
-    def test_what_is_of_an_earlier_boot_counts_no_more(self) -> None:
+    def test_records_of_an_earlier_boot_do_not_count(self) -> None:
         # After a reboot, other namespaces have the numbers of the recorded
         # namespaces.
         before = self.ledger.ensure_identity()
@@ -553,7 +553,7 @@ class TestCache(LedgerTestCase):
                 os.utime(os.path.join(self.path, 'hops.json'), (when, when))
                 self.assertEqual([7], cache.get('hops', 60))
 
-    def test_what_is_of_another_boot(self) -> None:
+    def test_a_cached_value_of_another_boot(self) -> None:
         self.ledger.cache.put('hops', [7])
         with mock.patch.object(files, 'now', return_value=1.0):
             self.assertIsNone(self.ledger.cache.get('hops', 60))
@@ -636,7 +636,7 @@ class TestEnds(LedgerTestCase):
 
 class TestHeartbeat(LedgerTestCase):
 
-    def test_who_asks_at_its_first_beat(self) -> None:
+    def test_a_bind_at_the_first_heartbeat(self) -> None:
         """A bind holds the heartbeat's lock for a moment."""
         heartbeat = self.ledger.heartbeat
         with open(heartbeat.path, 'w') as asked:

@@ -102,7 +102,7 @@ class TestDashboard(PromtoolTestCase):
 
 class TestManual(PromtoolTestCase):
 
-    def test_what_prometheus_is_to_be_told(self) -> None:
+    def test_the_configuration_of_prometheus(self) -> None:
         blocks = re.findall(r'code-block:: yaml\n\n((?:   .*\n|\n)+)',
                             read(MONITORING))
         configurations = [block for block in map(textwrap.dedent, blocks)

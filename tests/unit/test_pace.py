@@ -108,7 +108,7 @@ class TestPace(unittest.TestCase):
     def test_a_long_one_is_paid_for(self) -> None:
         self.assertGreater(self.sync(5), 40)
 
-    def test_what_comes_first_delays_nothing(self) -> None:
+    def test_the_first_work_delays_nothing(self) -> None:
         """The creation of break0 takes long, and delays no other pod."""
         paced = pace.Pace()
         for spent, is_free in ((0.2, True), (0.01, True), (0.2, False)):

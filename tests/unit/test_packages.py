@@ -63,7 +63,7 @@ class TestPackages(unittest.TestCase):
         self.assertLessEqual({'git', 'podman', 'strace'}, expected)
         self.assertEqual(expected, self.missing('test'))
 
-    def test_a_profile_needs_what_is_of_it(self) -> None:
+    def test_a_profile_needs_its_packages(self) -> None:
         for profile, package in (('boot', 'qemu-system-x86'),
                                  ('cluster', 'podman'),
                                  ('kernels', 'qemu-system-x86')):
@@ -78,7 +78,7 @@ class TestPackages(unittest.TestCase):
         self.assertIn('git', missing)
         self.assertLessEqual(missing, DEMO)
 
-    def test_each_package_but_that_of_python_has_a_sign(self) -> None:
+    def test_each_package_except_python_has_a_sign(self) -> None:
         self.assertEqual({'python3-venv'}, {
             package for package, signs in listed().items() if not signs})
 

@@ -118,7 +118,7 @@ class TestConstraints(unittest.TestCase):
                 if not specifiers.SpecifierSet(pin.requires_python).contains(
                     python)], python)
 
-    def test_what_they_say_of_what_is_installed(self) -> None:
+    def test_constraints_name_the_installed_releases(self) -> None:
         installed = {
             constraints.normalized(each.metadata['Name']): (
                 '==' + each.version, each.metadata['Requires-Python'] or '')
@@ -137,7 +137,7 @@ class TestConstraints(unittest.TestCase):
 
 class TestDemo(unittest.TestCase):
 
-    def test_only_what_it_needs_is_installed(self) -> None:
+    def test_each_target_installs_only_its_needs(self) -> None:
         for target, tools in (('demo', False), ('lint', True)):
             commands = run('make', '--dry-run', '--always-make', target,
                            cwd=ROOT)

@@ -119,7 +119,7 @@ def is_foreign(route: HostRoute) -> bool:
 class TestPlan(unittest.TestCase):
 
     @given(desired(), actual)
-    def test_applied_gives_what_is_desired(
+    def test_an_applied_plan_gives_the_desired_items(
             self, wanted: Desired,
             before: Held) -> None:
         to_do = compute(wanted, before)
@@ -204,7 +204,7 @@ class TestPlan(unittest.TestCase):
             dict(reversed(list(wanted.items()))), before))
 
     @given(desired(), actual)
-    def test_what_has_no_record_is_never_deleted(
+    def test_an_item_without_a_record_is_never_deleted(
             self, wanted: Desired,
             before: Held) -> None:
         to_do = compute(wanted, before)
@@ -216,7 +216,7 @@ class TestPlan(unittest.TestCase):
                if each.protocol == PROTOCOL and each.dst not in wanted},
             set(to_do.unclaimed))
 
-    def test_what_is_nobodys_any_more_is_deleted(self) -> None:
+    def test_withdrawn_items_are_deleted(self) -> None:
         held = Held([HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE)],
                     [Neighbour(ADDRESS, DEVICE, MAC, PROTOCOL)])
         self.assertEqual(plan.Plan(unset=(*held.routes, *held.neighbours)),

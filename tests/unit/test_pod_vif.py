@@ -537,7 +537,7 @@ class TestFaults(ControllerTestCase):
 
 class TestPairs(ControllerTestCase):
 
-    def test_those_of_others_stay(self) -> None:
+    def test_foreign_entries_stay(self) -> None:
         others = [{'ip_address': '10.0.0.0/24',
                    'mac_address': 'FA:16:3E:AA:AA:AA'},
                   {'ip_address': '100.75.30.9',

@@ -126,7 +126,7 @@ class TestUnit(unittest.TestCase):
         # restrictions.
         self.analyze('security', '--offline=true', '--threshold=30')
 
-    def test_what_it_must_be_able_to_do(self) -> None:
+    def test_capabilities_of_the_unit(self) -> None:
         service = parsed('systemd', 'system', UNIT)['Service']
         self.assertEqual('CAP_NET_ADMIN CAP_SYS_ADMIN',
                          service['CapabilityBoundingSet'])

@@ -32,7 +32,7 @@ class TestVIF(unittest.TestCase):
         self.vif = vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', self.written)
 
-    def test_it_is_written_as_what_it_was(self) -> None:
+    def test_it_is_written_unchanged(self) -> None:
         self.assertEqual('VIFMacvlanBreak0', type(self.vif).__name__)
         again = self.vif.obj_to_primitive()
         for primitive in (again, self.written):

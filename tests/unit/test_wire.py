@@ -248,7 +248,7 @@ class TestAnswers(unittest.TestCase):
             self.assertEqual(5, wire.parse(netlink.Received(
                 kind, 0, 0, body)))
 
-    def test_what_is_cut_off_is_an_error(self) -> None:
+    def test_a_truncated_message_is_an_error(self) -> None:
         message = rtmsg.rtmsg()
         message.update(family=2, dst_len=32, type=1)
         message['attrs'] = [('RTA_DST', '10.0.0.1'), ('RTA_OIF', 5),

@@ -71,7 +71,7 @@ class TestInstall(unittest.TestCase):
             stdout=subprocess.PIPE, env={'CNI_COMMAND': 'VERSION'})
         self.assertIn('1.1.0', json.loads(done.stdout)['supportedVersions'])
 
-    def test_what_make_cni_has_built(self) -> None:
+    def test_the_shim_of_make_cni(self) -> None:
         """A shim that was built in the current clone is found, if it is safe.
 
         The shim's folders must not be world-writable.
@@ -89,7 +89,7 @@ class TestInstall(unittest.TestCase):
             (self.path / 'build').chmod(0o777)
             self.assertNotIn(built, list(cni._shims()))
 
-    def test_what_cannot_be(self) -> None:
+    def test_impossible_arguments(self) -> None:
         (self.path / 'file').write_text('')
         (self.bin / 'break0').mkdir()
         for args, text in (

@@ -52,7 +52,7 @@ class TestCommand(DoctorTestCase):
         done = self.call(code=3, OS_BREAK0__STATE_DIR='/run/state')
         self.assertIn('/run/state', done.stderr)
 
-    def test_severity_and_what_is_ignored(self) -> None:
+    def test_severity_and_ignored_findings(self) -> None:
         self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
         found = json.loads(self.call('--json', code=4).stdout)['findings']
         self.assertEqual(['warning'], [each['severity'] for each in found])
@@ -337,7 +337,7 @@ class TestCommand(DoctorTestCase):
         parts = self.unpacked()
         self.assertLessEqual(sum(map(len, parts.values())), 10 * 2 ** 20)
 
-    def test_what_was_not_examined(self) -> None:
+    def test_the_report_names_unexamined_rules(self) -> None:
         found = examination.examine(self.conf())
         self.assertEqual([], found.findings)
         self.assertEqual([], found.not_examined)
@@ -356,7 +356,7 @@ class TestCommand(DoctorTestCase):
         conf([], default_config_files=[])
         return conf
 
-    def test_what_is_under_way(self) -> None:
+    def test_starting_and_ending_pods_are_no_faults(self) -> None:
         """Pods that start or end during an examination are no faults."""
         stop = '/run/stop'
         path = self.lab.add_pod('coming', '100.75.30.79',

@@ -112,7 +112,7 @@ class TestFirewall(DoctorTestCase):
             'drops the packet', severity='note')
         self.assertEqual([], finding['commands'])
 
-    def test_a_source_that_stays_what_it_is(self) -> None:
+    def test_an_unchanged_source_address(self) -> None:
         self.nft('table ip ours { chain out { type nat hook postrouting '
                  'priority 100; ip daddr 100.75.30.0/24 snat to '
                  '100.75.30.51; }; }')
@@ -208,7 +208,7 @@ class TestFirewall(DoctorTestCase):
         self.follow(finding)
         self.assertEqual({}, self.findings())
 
-    def test_what_is_forwarded_keeps_its_source(self) -> None:
+    def test_forwarded_packets_keep_their_source(self) -> None:
         """The doctor finds packets that are forwarded without masquerading.
 
         The VPN's masquerading rule names the NIC, not break0. The pod answers

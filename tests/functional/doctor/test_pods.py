@@ -193,7 +193,7 @@ class TestARP(DoctorTestCase):
                 self.follow(finding)
                 self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 
-    def test_it_does_not_matter_to_who_has_been_told(self) -> None:
+    def test_a_pod_with_a_neighbour_needs_no_answer(self) -> None:
         self.sysctl('ipv4.conf.all.arp_ignore', 1)
         self.bind(POD4, netns='/run/netns/pod', mac_of_pod=MACS['pod'],
                   subnets=SUBNETS[:1])

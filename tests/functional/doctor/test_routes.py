@@ -71,7 +71,7 @@ class TestRoutes(DoctorTestCase):
                                       severity='warning'))
         self.assertEqual({}, self.findings())
 
-    def test_those_of_others_on_break0(self) -> None:
+    def test_foreign_routes_on_break0(self) -> None:
         self.lab.run('ip', 'route', 'add', '100.75.30.99', 'dev', 'break0')
         self.assertEqual({}, self.findings())
 

@@ -70,7 +70,7 @@ class TestGroups(base.TrafficTestCase):
             lab.until(lambda: self.is_heard(None, 'lan', group, 'eth0'))
             self.assertFalse(self.is_heard(None, 'pod', group, 'eth0'))
 
-    def test_who_names_break0(self) -> None:
+    def test_a_program_that_names_break0(self) -> None:
         """break0 carries IPv4 groups, and sends no frame to the LAN."""
         own = (self.lab.link('break0') or {})['address']
         with self.lab.capture() as frames:

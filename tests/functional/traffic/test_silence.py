@@ -78,7 +78,7 @@ class TestRepair(SilenceTestCase):
                 frame for frame in frames
                 if frame.dst == base.MAC or frame.asks == address])
 
-    def test_what_was_not_repaired_is_left_alone(self) -> None:
+    def test_foreign_neighbours_are_left_alone(self) -> None:
         stranger = '100.75.30.99'
         self.lab.run('ip', 'neighbour', 'add', base.POD, 'lladdr',
                      base.MAC, 'dev', 'eth0', 'nud', 'permanent')

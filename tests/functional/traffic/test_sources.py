@@ -63,7 +63,7 @@ class TestOneNIC(SourcesTestCase):
             if not route['dst'].startswith('fe80')})
         self.assertEqual([], self.own())
 
-    def test_nothing_is_needed_for_what_came_later(self) -> None:
+    def test_a_later_interface_needs_nothing(self) -> None:
         """A later interface of the node adds no address to pods or break0.
 
         Docker would refuse to connect a container to that interface's network
@@ -74,7 +74,7 @@ class TestOneNIC(SourcesTestCase):
         self.assertEqual({lab.NODE, lab.NODE6}, self.known())
         self.assertEqual([], self.own())
 
-    def test_what_is_needed_is_followed(self) -> None:
+    def test_a_needed_source_address_is_followed(self) -> None:
         """An address on lo is preferred as source, so break0 needs its own."""
         self.start_agent()
         self.lab.run('ip', 'address', 'add', OTHER + '/32', 'dev', 'lo')
@@ -140,7 +140,7 @@ class TestOtherNICFirst(SourcesTestCase):
             self.assertTrue(self.lab.ping(address))
         self.assertEqual([], self.problems())
 
-    def test_the_lan_hears_what_is_sent_to_a_group(self) -> None:
+    def test_the_lan_hears_datagrams_to_a_group(self) -> None:
         """A program that selects eth0 by its address sends to the LAN."""
         self.assertEqual([base.BREAK0], self.own())
         group = socket.inet_aton('224.0.0.251')
