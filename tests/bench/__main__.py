@@ -94,8 +94,8 @@ def _positive(text: str) -> int:
 
 
 def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
-    parser = _Parser(prog='tests.bench', description='Measure what a pod '
-                     'costs. To be run under tools/in-lab.')
+    parser = _Parser(prog='tests.bench', description='Measure the costs '
+                     'of a pod. Run the command under tools/in-lab.')
     # argparse opens the file before the lab mounts a /run of its own.
     parser.add_argument('--json', metavar='FILE',
                         type=argparse.FileType('w'),

@@ -200,7 +200,7 @@ def _binding_targets(connect: Medians, disconnect: Medians,
                   'stock at %d' % low) for size in (low, high)),
         at_most('disconnect at %d pods, %s' % (low, DIRECT), direct, stock,
                 0.8, 'stock at %d' % low),
-        at_most('the same, without what the kernel takes of both',
+        at_most("the same, without the kernel's time in both",
                 direct - deletion, stock - deletion, 0.4,
                 'stock at %d' % low)]
 

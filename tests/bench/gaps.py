@@ -176,8 +176,8 @@ def gaps(node: Node, repeat: int) -> Section:
                                for name, stream in streams.items()}
     names = list(streams)
     return Section(
-        'open connections, longest silence after what happened, ms',
-        ['what happened', *names],
+        'open connections, longest silence after each event, ms',
+        ['event', *names],
         [[what, *('%.0f' % (values[name] * 1000) for name in names)]
          for what, values in found.items()],
         [Target('%s: no connection silent for more than %g s' % (what, LIMIT),

@@ -88,7 +88,7 @@ def calls(node: Node, repeat: int) -> Section:
                         few[name], 1.5, 'that at %d' % low)
                 for name in ('bind', 'unbind')]
     return Section(
-        'What a pod takes of us, median ms', ['call', *medians],
+        'Time of kuryr-break0 per pod, median ms', ['call', *medians],
         [*([name, *('%.3f' % by_name[name] if name in by_name else '-'
                     for by_name in medians.values())] for name in few),
          ['housekeeping with an agent', '-', '-', '%.3f' % attended],

@@ -74,7 +74,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         prog='tests.bench.plots',
         description='Draw the figures of a benchmark as SVG.')
-    parser.add_argument('results', help='what tests.bench --json has written')
+    parser.add_argument('results', help='file of tests.bench --json')
     parser.add_argument('svg', help='the file to write')
     args = parser.parse_args(argv)
     try:

@@ -432,7 +432,7 @@ class Soak:
             except cni.Failed as err:
                 yield 'CHECK of %s: %s' % (each.name, err)
         if self._foreign() != self.foreign:
-            yield 'what is not ours: %s' % self._foreign()
+            yield 'foreign items: %s' % self._foreign()
         unwell = self._health()
         if unwell:
             yield unwell

@@ -222,7 +222,7 @@ class TestWhatIsFound(AdoptTestCase):
                          (found['default/bad/eth0']['outcome'],
                           found['default/pod/eth0']['outcome']))
 
-    def test_an_address_that_somebody_has(self) -> None:
+    def test_an_address_of_a_manual_bind(self) -> None:
         self.node.lab.add_pod('web', OTHER, POD)
         self.call('bind', POD, '--owner', 'web', '--netns', '/run/netns/web')
         self.running_pod('pod', POD)

@@ -147,7 +147,7 @@ class TestLateDel(NothingLostTestCase):
         # Kuryr's library creates a namespace at a path that does not exist.
         self.assertFalse(os.path.exists(gone))
 
-    def test_one_that_kuryr_tells_nobody_of(self) -> None:
+    def test_a_pod_without_a_del_from_kuryr(self) -> None:
         # The pod is deleted from the API while the daemon is down.
         self.node.kill_daemon()
         self.node.delete_pod(self.old)

@@ -456,7 +456,7 @@ class TestTable(BorderTestCase):
                 self.sync_checked(self.assert_reachable)
                 self.assert_reachable()
 
-    def test_nobody_else_gets_in_while_it_is_loaded_again(self) -> None:
+    def test_foreign_sources_stay_blocked_during_a_reload(self) -> None:
         """Foreign sources stay blocked while a sync reloads the guard.
 
         A new address of the node causes the reload.
@@ -501,7 +501,7 @@ class TestTable(BorderTestCase):
         self.assertEqual(3002, len(self.pairs()))
         self.assertEqual([], self.problems())
 
-    def test_a_pod_whose_record_is_lost_is_not_cut_off(self) -> None:
+    def test_a_pod_with_a_lost_record_is_not_cut_off(self) -> None:
         os.unlink(base.options().state_dir + '/addresses/%s.json' % POD)
         self.assertTrue(self.lab.ping(POD))
         with mock.patch.object(kernel, 'list_macvlans', return_value=[]):

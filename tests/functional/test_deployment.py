@@ -135,7 +135,7 @@ class TestAgentInItsContainer(ContainerTestCase):
                  lambda: self.lab.ping(POD, cold=False)),
                 ('neighbours', 'ip neigh flush dev break0',
                  lambda: self.lab.ip('neigh', 'show', 'dev', 'break0')),
-                ('what a pod is told',
+                ('neighbours of the pod',
                  'ip address add 100.75.30.52/24 dev eth0',
                  lambda: '100.75.30.52' in {
                      entry['dst'] for entry in self.lab.ip(

@@ -93,7 +93,7 @@ class TestFinding(DiscoveryTestCase):
         self.inside('one', 'ip', 'link', 'del', 'lan0')
         self.until_bound()
 
-    def test_namespace_that_somebody_keeps_open(self) -> None:
+    def test_a_namespace_that_a_program_keeps_open(self) -> None:
         # The server of Podman 4 holds descriptors of inspected namespaces.
         netns = self.lab.add_pod('one', ONE)
         known = kernel.identify(netns)

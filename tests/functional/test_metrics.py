@@ -357,7 +357,7 @@ class TestServer(MetricsTestCase):
             and (self.value('sync_seconds_count') or 0) > syncs)
         self.assertEqual(before, sockets())
 
-    def test_a_silent_client_holds_up_nobody(self) -> None:
+    def test_a_silent_client_delays_no_other(self) -> None:
         self.start()
         silent = [socket.create_connection(('127.0.0.1', 9817))
                   for _ in range(10)]

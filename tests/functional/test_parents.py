@@ -548,7 +548,7 @@ class TestNames(base.LabTestCase):
 
 class TestBond(base.LabTestCase):
 
-    def test_a_parent_whose_mac_address_changes(self) -> None:
+    def test_a_parent_with_a_changing_mac_address(self) -> None:
         # A bond's MAC address follows its active member.
         self.lab.add_pod('pod', POD, mac=MAC)
         self.bind(POD, netns='/run/netns/pod', mac_of_pod=MAC)

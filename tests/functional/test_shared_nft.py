@@ -104,7 +104,7 @@ class TestSharedSocket(base.LabTestCase):
         self.assertEqual(0, base.wait_for(base.in_child(bound)))
         self.assertIn(OTHER, self.admitted())
 
-    def test_errors_of_posted_messages_disturb_nobody(self) -> None:
+    def test_errors_of_posted_messages_disturb_no_request(self) -> None:
         """Errors of posted messages stay unread until the next request."""
         refused = netlink.Message(1 << 8 | 99, 0, bytes(4))
         for _ in range(3):

@@ -304,7 +304,7 @@ class TestUnclaimed(SyncTestCase):
         self.assertIn(POD, self.lab.routes())
         self.assertEqual(['no container claims it'], self.problems())
 
-    def test_it_goes_when_somebody_says_so(self) -> None:
+    def test_an_unclaimed_route_is_deleted_on_request(self) -> None:
         own = base.options()
         reconcile = reconciler.Reconciler(
             own, ledger.Ledger(own.state_dir)).sync

@@ -80,7 +80,7 @@ class UnservedTestCase(discovery_base.DiscoveryTestCase):
 
 class TestReasons(UnservedTestCase):
 
-    def test_nobody_discovers(self) -> None:
+    def test_without_discovery(self) -> None:
         self.configure('enabled = true')
         self.assertEqual([], self.status())
         self.lab.add_pod('one', ONE)

@@ -216,7 +216,7 @@ class TestAnswers(VMTestCase):
             while lab.Frame(vm.recv(2 ** 16)).answers != lab.NODE6:
                 pass
 
-    def test_nobody_else(self) -> None:
+    def test_solicitations_of_other_hosts(self) -> None:
         for name, frame, netns in (
                 ('of another host', solicitation(lab.LAN6, ONE6, MAC), 'one'),
                 ('of another VM', solicitation(TWO6, ONE6, MAC), 'one'),

@@ -55,12 +55,14 @@ def count(text: str) -> Count:
 
 
 def python_texts(source: str) -> Iterator[str]:
-    """Yield comments, and strings of more than two words.
+    """Yield comments, strings of more than two words, and names.
 
-    Comments on consecutive lines form one text.
+    Comments on consecutive lines form one text. The names follow ``def``,
+    and have spaces in place of underscores.
     """
     comments: list[str] = []
     last = 0
+    previous = ''
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             if token.start[0] != last + 1 and comments:
@@ -73,6 +75,9 @@ def python_texts(source: str) -> Iterator[str]:
             text = ast.literal_eval(re.sub(r'\A[fF]', '', token.string))
             if isinstance(text, str) and len(text.split()) > 2:
                 yield text
+        elif previous == 'def':
+            yield token.string.replace('_', ' ').strip()
+        previous = token.string
     yield '\n'.join(comments)
 
 

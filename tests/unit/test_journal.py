@@ -63,7 +63,7 @@ class TestJournal(unittest.TestCase):
         self.journal.add(Done.BIND)
         self.assertEqual(['journal'], os.listdir(self.dir))
 
-    def test_a_stopped_reader_or_writer_holds_up_nobody(self) -> None:
+    def test_a_stopped_reader_or_writer_delays_no_other(self) -> None:
         self.journal.add(Done.BIND)
         with open(self.path) as file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -728,7 +728,7 @@ class TestLock(LedgerTestCase):
         self.assertEqual({1}, set(overlaps))
         self.assertEqual(80, len(overlaps))
 
-    def test_a_killed_holder_blocks_nobody(self) -> None:
+    def test_a_killed_holder_does_not_keep_the_lock(self) -> None:
         end = self.hold()
         with self.assertRaises(exceptions.LockTimeout):
             self._take()
@@ -742,7 +742,7 @@ class TestLock(LedgerTestCase):
                 self.records.put([RECORD])
         self.assertEqual([RECORD], self.all())
 
-    def test_a_pipe_in_its_place_holds_up_nobody(self) -> None:
+    def test_a_pipe_in_its_place_delays_no_process(self) -> None:
         os.mkfifo(self.ledger.lock_path)
         self.assertTrue(self.ledger.is_free_within(0))
 

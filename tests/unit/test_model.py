@@ -335,7 +335,7 @@ class Node(stateful.RuleBasedStateMachine):
         self.sync()
 
     @stateful.rule(address=addresses, what=st.integers(0, 4))
-    def somebody_deletes(self, address: IPAddress, what: int) -> None:
+    def another_program_deletes(self, address: IPAddress, what: int) -> None:
         if what == 0:
             for route in self.our_routes(address):
                 del self.fake.host[fake.route_key(route)]

@@ -367,7 +367,7 @@ class TestFaults(ControllerTestCase):
                 self.refuse('PUT', status)
                 self.assert_fails(str(status))
 
-    def test_an_update_whose_answer_is_lost(self) -> None:
+    def test_an_update_with_a_lost_answer(self) -> None:
         self.refuse('PUT', 500, times=1, handled=True)
         vif = self.request(pod('pod'))
         self.assertEqual(self.addresses([vif]), self.pairs())

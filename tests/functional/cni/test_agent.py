@@ -233,7 +233,7 @@ class TestServer(base.WithShim, ShimTestCase):
         lab.until(is_ready)  # silent clients delay other requests by 3 s
         self.assertNotIn('Traceback', self.log())
 
-    def test_add_that_nobody_waits_for_is_undone(self) -> None:
+    def test_an_abandoned_add_is_undone(self) -> None:
         netns = self.lab.add_netns('one')
         add = self.add_of(netns)
         # The client closes its connection early, like a killed runtime.
@@ -260,7 +260,7 @@ class TestServer(base.WithShim, ShimTestCase):
         """Return whether the other end has read all sent bytes."""
         return not any(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)))
 
-    def test_add_that_nobody_waits_for_and_the_next_one(self) -> None:
+    def test_an_abandoned_add_and_the_next_one(self) -> None:
         add = self.add_of(self.lab.add_netns('one'))
         for number in range(1, 21):
             with self.connected() as following:

@@ -345,7 +345,7 @@ class TestReachability(DoctorTestCase):
         self.assertTrue(self.lab.ping(lab.NODE, 'bare'))
         self.assertEqual({}, self.findings())
 
-    def test_a_source_that_nobody_has_bound(self) -> None:
+    def test_an_unbound_source_address(self) -> None:
         self.lab.run('ip', 'address', 'add', '100.99.0.9/32', 'dev', 'eth0',
                      netns='pod')
         self.lab.run('ip', 'route', 'replace', '100.75.30.0/24', 'dev',
