@@ -372,6 +372,9 @@ class Device:
             yield Difference('down', 'it is down',
                              lambda netlink: self._raise(netlink, link),
                              loses_routes=True)
+        if link.protodown:
+            yield Difference('down', 'protodown is on, must be off',
+                             lambda netlink: netlink.set_protodown_off(link))
         present = {address for index, address in addresses
                    if index == link.index}
         for address in present:

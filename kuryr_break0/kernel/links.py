@@ -118,6 +118,10 @@ class LinkSocket(netlink.RequestSocket):
         self._set(link, 'alias to ' + alias,
                   netlink.attribute(wire.IFLA_IFALIAS, os.fsencode(alias)))
 
+    def set_protodown_off(self, link: values.Link) -> None:
+        self._set(link, 'protodown to off',
+                  netlink.attribute(wire.IFLA_PROTO_DOWN, b'\0'))
+
     def set_group(self, link: values.Link, group: int) -> None:
         self._set(link, 'group to %d' % group,
                   netlink.number(wire.IFLA_GROUP, group))

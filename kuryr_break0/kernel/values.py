@@ -55,6 +55,8 @@ class Link:
     :ivar vrf: the VRF that contains it, or None
     :ivar port_of: ifindex of its bridge, bond or team if it is a port, or None
     :ivar ethernet: whether its type is Ethernet (ARPHRD_ETHER)
+    :ivar protodown: whether a program has switched its carrier off
+        (``ip link set protodown on``)
     """
 
     name: str
@@ -74,6 +76,7 @@ class Link:
     vrf: Optional[Vrf]
     port_of: Optional[int]
     ethernet: bool
+    protodown: bool
 
     @property
     def description(self) -> str:

@@ -55,7 +55,7 @@ RTEXT_FILTER_SKIP_STATS = 1 << 3
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK = 1, 3, 4, 5
 IFLA_LINKINFO, IFLA_IFALIAS, IFLA_GROUP, IFLA_NET_NS_FD = 18, 20, 27, 28
-IFLA_EXT_MASK, IFLA_LINK_NETNSID = 29, 37
+IFLA_EXT_MASK, IFLA_LINK_NETNSID, IFLA_PROTO_DOWN = 29, 37, 39
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_MACVLAN_MODE = 1, 2, 1
 IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, IFLA_VRF_PORT_TABLE = 4, 5, 1
 IFLA_MASTER = 10
@@ -233,7 +233,8 @@ def parse_link(body: bytes) -> values.Link:
         group=netlink.read_number(attrs.get(IFLA_GROUP)) or 0,
         carrier=bool(flags & IFF_LOWER_UP), vrf=vrf,
         port_of=master if below in _RECEIVERS else None,
-        ethernet=hardware == ARPHRD_ETHER)
+        ethernet=hardware == ARPHRD_ETHER,
+        protodown=attrs.get(IFLA_PROTO_DOWN, b'\0') != b'\0')
 
 
 def parse_route(body: bytes) -> values.Route:

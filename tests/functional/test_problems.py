@@ -142,6 +142,7 @@ DEVICE = (
     Fault('break0_down', 'break0-down', 'ip link set break0 down'),
     Fault('break0_down_and_up', 'route-missing',
           'ip link set break0 down; ip link set break0 up'),
+    Fault('protodown', 'break0-down', 'ip link set break0 protodown on'),
     Fault('mtu', 'break0-mtu', 'ip link set break0 mtu 1400'),
     Fault('mtu_without_ipv6', 'break0-mtu', 'ip link set break0 mtu 1200'),
     Fault('mac', 'break0-mac', 'ip link set break0 address 02:00:00:00:00:99'),

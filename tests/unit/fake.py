@@ -75,7 +75,7 @@ class FakeKernel:
             'mtu': 1500, 'mac': '02:00:00:00:00:%02x' % self.next_index,
             'alias': None, 'multicast': False, 'up': True, 'loopback': False,
             'group': 0, 'carrier': True, 'vrf': None, 'port_of': None,
-            'ethernet': True, **fields})
+            'ethernet': True, 'protodown': False, **fields})
         self.next_index += 1
         self.links[name] = made
         return made
@@ -248,6 +248,9 @@ class FakeNetlink:
 
     def set_link_up(self, link: kernel.Link) -> None:
         self._fake.replace(link, up=True, multicast=False)
+
+    def set_protodown_off(self, link: kernel.Link) -> None:
+        self._fake.replace(link, protodown=False)
 
     def set_alias(self, link: kernel.Link, alias: str) -> None:
         self._fake.replace(link, alias=alias)

@@ -467,7 +467,8 @@ class TestDevice(EngineTestCase):
     def test_each_difference_is_repaired(self) -> None:
         self.ensure()
         for change in ({'up': False}, {'mtu': 1400}, {'multicast': True},
-                       {'alias': 'mine'}, {'alias': None}):
+                       {'alias': 'mine'}, {'alias': None},
+                       {'protodown': True}):
             with self.subTest(change=change):
                 self.fake.replace(self.fake.links['break0'], **change)
                 self.assertEqual('up' in change, self.ensure().needs_sync)

@@ -160,6 +160,7 @@ class TestAnswers(unittest.TestCase):
             ('IFLA_IFNAME', 'break0'), ('IFLA_MTU', 1400), ('IFLA_LINK', 2),
             ('IFLA_ADDRESS', MAC), ('IFLA_IFALIAS', 'mine'),
             ('IFLA_LINK_NETNSID', 3), ('IFLA_GROUP', 7),
+            ('IFLA_PROTO_DOWN', 1),
             ('IFLA_LINKINFO', {'attrs': [
                 ('IFLA_INFO_KIND', 'macvlan'),
                 ('IFLA_INFO_DATA', {'attrs': [
@@ -167,7 +168,7 @@ class TestAnswers(unittest.TestCase):
         data = encoded(message, 16, 0)
         self.assertEqual(
             Link('break0', 5, 'macvlan', 'private', 2, 3, 1400, MAC,
-                 'mine', True, True, False, 7, False, None, None, False),
+                 'mine', True, True, False, 7, False, None, None, False, True),
             wire.parse_link(data[16:]))
 
     def test_a_link_in_a_vrf(self) -> None:
