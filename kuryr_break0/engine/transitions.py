@@ -216,12 +216,13 @@ class Engine:
         dropped = [*before, *after]
         after = self.pods.from_successor(after)
         dropped = [claim for claim in dropped if claim not in after]
-        devices = self.devices.without_others(
-            netlink, self.devices.names(recorded=bool(dropped)))
+        names = self.devices.names(recorded=bool(dropped))
+        devices = self.devices.without_others(netlink, names)
         successor = self.devices.name(after[0].parent) if after else None
         # If its break0 belongs to another ledger, setting items would take
         # the break0 over.
-        may_set = (bool(after) and successor in (None, *devices)
+        may_set = (bool(after)
+                   and ({successor} if successor else names) <= {*devices}
                    and not self._is_refused(after[0]))
         deleted = self._writer.withdraw(
             netlink, address, [name for name in devices
