@@ -35,7 +35,7 @@ LOG = log.get_logger(__name__)
 _MAX_NAME = 15  # IFNAMSIZ, with the closing NUL
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Break0:
     """The break0 for the addresses of one bind.
 
@@ -195,11 +195,11 @@ class Devices:
         return Break0(link.name, link.index, link.mac, ensured.needs_sync)
 
     def renew(self, netlink: kernel.Netlink, break0: Break0,
-              parent: str) -> None:
+              parent: str) -> Break0:
         """Create or repair a break0 that a bind has found down or gone."""
         ensured = self.ensure(netlink, parent, claim=True)
-        break0.index, break0.mac = ensured.link.index, ensured.link.mac
-        break0.needs_sync |= ensured.needs_sync
+        return Break0(break0.name, ensured.link.index, ensured.link.mac,
+                      break0.needs_sync or ensured.needs_sync)
 
     def _read_cache_key(self, parent: str) -> list[Any]:
         return [self._options.device, kernel.find_ifindex(parent),

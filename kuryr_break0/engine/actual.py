@@ -271,15 +271,16 @@ class _Reading:
             unreadable=self._contents.unreadable,
             is_refilled=guard is not None and entries is not None)
         return Parent(
-            name, device_name, parent, link, usable, conflict,
-            ownership(usable, identity, options.state_dir),
-            differences, guard if live else None, live, desired, difference,
-            routes,
-            {each.dst: each for each in neighbours},
-            tuple(address for at, address in self._addresses
-                  if at == index), node,
-            {address: self._astray[address]
-             for address in self._astray.keys() & desired.keys()})
+            name=name, device=device_name, parent=parent, present=link,
+            link=usable, conflict=conflict,
+            ownership=ownership(usable, identity, options.state_dir),
+            differences=differences, guard=guard if live else None, live=live,
+            desired=desired, plan=difference, routes=routes,
+            neighbours={each.dst: each for each in neighbours},
+            addresses=tuple(address for at, address in self._addresses
+                            if at == index), node=node,
+            astray={address: self._astray[address]
+                    for address in self._astray.keys() & desired.keys()})
 
     def _earlier_name(self, name: str, device_name: str
                       ) -> Iterator[tuple[str, str]]:

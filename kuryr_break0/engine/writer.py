@@ -131,9 +131,10 @@ class Writer:
                             netlink,
                             self._devices.names(recorded=True) - kept),
                         transition.before, transition.after)
-        self._apply_bind(netlink, break0, first.parent, functools.partial(
-            self._works, break0, records, transitions, found,
-            frozenset(failure.failed)), failure)
+        break0 = self._apply_bind(
+            netlink, break0, first.parent, functools.partial(
+                self._works, records, transitions, found,
+                frozenset(failure.failed)), failure)
         bound = [record for record in records
                  if record.address in found.sources
                  and record.address not in failure.failed]
@@ -185,9 +186,10 @@ class Writer:
                     found.existing.add(address)
         return found
 
-    def _works(self, break0: Break0, records: Iterable[model.Record],
+    def _works(self, records: Iterable[model.Record],
                transitions: dict[model.IPAddress, Transition], found: _Found,
-               failed: Collection[model.IPAddress]) -> Iterator[Work]:
+               failed: Collection[model.IPAddress], break0: Break0
+               ) -> Iterator[Work]:
         """Yield the works that set the items of the addresses.
 
         :param failed: the addresses that the guard must not admit
@@ -214,18 +216,19 @@ class Writer:
                        is_new=address not in found.existing)
 
     def _apply_bind(self, netlink: kernel.Netlink, break0: Break0,
-                    parent: str, works: Callable[[], Iterable[Work]],
-                    failure: failures.Failures) -> None:
+                    parent: str, works: Callable[[Break0], Iterable[Work]],
+                    failure: failures.Failures) -> Break0:
         """Apply the works of a bind.
 
         If break0 is down or gone, or if a route exists already, try again.
 
-        :param works: returns the works for the present index of break0
+        :param works: returns the works for a break0
+        :returns: the break0, or the new break0 if it was down or gone
         """
-        applied = self._apply(netlink, break0, works(), failure)
+        applied = self._apply(netlink, break0, works(break0), failure)
         if applied.is_device_lost:
-            self._devices.renew(netlink, break0, parent)
-            applied = self._apply(netlink, break0, works(), failure)
+            break0 = self._devices.renew(netlink, break0, parent)
+            applied = self._apply(netlink, break0, works(break0), failure)
         retried = []
         for each in applied.works:
             err = applied.errors.get(each.address)
@@ -243,6 +246,7 @@ class Writer:
         applied = self._apply(netlink, break0, retried, failure)
         for address, err in applied.errors.items():
             failure.add(err, address)
+        return break0
 
     def _apply(self, netlink: kernel.Netlink, break0: Break0,
                works: Iterable[Work], failure: failures.Failures) -> Applied:
