@@ -263,7 +263,7 @@ class _Reading:
             if record.address not in self._refused]
         for pair in pairs(admitted):
             items[pair.dst] = *items.get(pair.dst, ()), pair
-        difference = plan.compute(
+        changes = plan.compute(
             items, (*self._routes.host, *neighbours, *(entries or ())),
             device=index, protocol=options.route_protocol,
             withdrawn=self._withdrawn(name, neighbours),
@@ -275,7 +275,7 @@ class _Reading:
             link=usable, conflict=conflict,
             ownership=ownership(usable, identity, options.state_dir),
             differences=differences, guard=guard if live else None, live=live,
-            desired=desired, plan=difference, routes=routes,
+            desired=desired, plan=changes, routes=routes,
             neighbours={each.dst: each for each in neighbours},
             addresses=tuple(address for at, address in self._addresses
                             if at == index), node=node,
