@@ -37,6 +37,7 @@ class TestRepair(AgentTestCase):
     def test_faults(self) -> None:
         self.fault('break0 deleted', 'ip link del break0')
         self.fault('break0 down', 'ip link set break0 down')
+        self.fault('protodown of break0', 'ip link set break0 protodown on')
         self.fault('break0 down and up', 'ip link set break0 down',
                    'ip link set break0 up')
         self.fault('address of the node removed and added',
