@@ -116,12 +116,13 @@ class Break0Manager:
         if configured not in (None, parent):
             raise exceptions.ParentMismatch(configured=configured,
                                             actual=parent)
-        with contextlib.suppress(exceptions.LedgerUnavailable):
-            # Only a new ledger can detect that it replaces a lost ledger, and
-            # a sync rebuilds the records of the lost ledger.
+        # Only a new ledger can detect that it replaces a lost ledger, and a
+        # sync rebuilds the records of the lost ledger. The bind itself reports
+        # an unusable ledger.
+        with failure.log_errors(), contextlib.suppress(
+                exceptions.LedgerUnavailable):
             if self._engine.devices.has_lost():
-                with failure.log_errors():
-                    self.sync()
+                self.sync()
         if self._engine.bind(records, yielding, failure):
             # A new break0 has no routes to the other pods, and its guard has
             # no entries of these pods.

@@ -131,10 +131,9 @@ class _Held(model.Pair):
 
 def table_of(device: str) -> str:
     """Return the name of the table of an interface."""
-    if re.fullmatch(r'[A-Za-z0-9_.-]+', device):
-        return '%s-%s' % (PREFIX, device)
-    return '%s-%s' % (PREFIX, hashlib.sha256(
-        os.fsencode(device)).hexdigest()[:8])
+    if not re.fullmatch(r'[A-Za-z0-9_.-]+', device):  # nft rejects the name
+        device = hashlib.sha256(os.fsencode(device)).hexdigest()[:8]
+    return '%s-%s' % (PREFIX, device)
 
 
 def is_installed() -> bool:

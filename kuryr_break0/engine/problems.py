@@ -405,11 +405,8 @@ def guard_text(added: Iterable[model.Item], deleted: Iterable[model.Item]
                ) -> Iterator[str]:
     """Yield a text about missing and stale guard entries, if there are any.
 
-    The text contains the number of their addresses. An address can have
-    several guard entries.
-
-    :param added: items to set; only guard entries count
-    :param deleted: items to delete; only guard entries count
+    The text contains the number of their addresses, since an address can have
+    several guard entries. Items of other kinds do not count.
     """
     lacking, stale = (
         len({pair.dst for pair in model.of_kind(model.Pair, items)})

@@ -7,6 +7,7 @@ A fault of one record does not affect other records.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -566,6 +567,18 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
                 self.assertIn(address, self.bound())
                 self.reconcile()
                 self.assertTrue(self.lab.ping(address))
+
+    def test_the_first_pod_is_recorded_before_any_failure(self) -> None:
+        """A bind of a new ledger reads the interfaces of the node."""
+        for err in (exceptions.KernelRefused('list', 'no', errno.EINTR),
+                    OSError(errno.EMFILE, 'Too many open files')):
+            shutil.rmtree(STATE)
+            with self.subTest(error=err), self.assertLogs('kuryr_break0'):
+                with contextlib.suppress(exceptions.Break0Error), \
+                        mock.patch.object(kernel.Netlink, 'links',
+                                          side_effect=err):
+                    self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1)
+                self.assertIn(POD, self.bound())
 
     def test_a_namespace_that_is_gone_before_its_record(self) -> None:
         self.lab.del_netns('other')

@@ -17,8 +17,11 @@ from kuryr_break0.break0 import device
 from kuryr_break0.break0 import devices
 from kuryr_break0.engine import problems
 from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
 from kuryr_break0.ledger import cache
+from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OWNER
@@ -129,6 +132,20 @@ class TestTwoParents(ParentsTestCase):
         self.unbind(POD1, owner=OTHER_OWNER)
         self.assertIn(POD1, self.lab.routes(self.device1))
         self.assert_answers(POD1)
+
+    def test_the_next_claim_of_a_ledger_without_a_break0(self) -> None:
+        """An unbind takes over no break0 of another ledger."""
+        alias = (self.lab.link('break0') or {})['ifalias']
+        other = base.options(state_dir='/run/other')
+        address, = base.addresses(POD)
+        ledger = Ledger(other.state_dir)
+        ledger.prepare()
+        ledger.records.put([Record(
+            address, owner, lab.PARENT, MAC, netns=self.netns,
+            namespace=kernel.identify(self.netns), bound_at=at)
+            for owner, at in ((OTHER_OWNER, 2.0), (OWNER, 1.0))])
+        self.unbind(POD, owner=OTHER_OWNER, state_dir=other.state_dir)
+        self.assertEqual(alias, (self.lab.link('break0') or {})['ifalias'])
 
     def test_the_first_bind_after_a_lost_ledger(self) -> None:
         """The new ledger takes over the break0 of both parents."""

@@ -143,6 +143,8 @@ DEVICE = (
     Fault('break0_down_and_up', 'route-missing',
           'ip link set break0 down; ip link set break0 up'),
     Fault('protodown', 'break0-down', 'ip link set break0 protodown on'),
+    Fault('protodown_of_another', 'break0-down', 'ip link set break0 '
+          'protodown on; ip link set break0 protodown_reason 3 on', False),
     Fault('mtu', 'break0-mtu', 'ip link set break0 mtu 1400'),
     Fault('mtu_without_ipv6', 'break0-mtu', 'ip link set break0 mtu 1200'),
     Fault('mac', 'break0-mac', 'ip link set break0 address 02:00:00:00:00:99'),
