@@ -218,9 +218,8 @@ class Guard:
         :param hosts: the IPv6 addresses of the node, in a constant order
         :raises KernelRefused: if the table cannot be read
         """
-        if not self.is_wanted:
-            return ('its guard is off, but the table still exists'
-                    if self.is_loaded() else None)
+        if not self.is_wanted and self.is_loaded():
+            return 'its guard is off, but the table still exists'
         if self.is_possible and not self.is_intact(link, hosts):
             return 'its guard is missing or was changed'
         return None
