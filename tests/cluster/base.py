@@ -86,7 +86,6 @@ class ClusterTestCase(unittest.TestCase):
             if name != 'kubernetes':
                 kubernetes.delete('services', name)
         self.cluster.delete_by_force()
-        kubernetes.kubectl(self.control, 'delete', 'events', '--all')
 
     def until(self, condition: Callable[[], Any],
               log: Optional[Callable[[], str]] = None) -> float:
@@ -159,11 +158,6 @@ class ClusterTestCase(unittest.TestCase):
         self.cluster.deploy(name, replicas, node, **spec)
         self.cluster.until_ready(name, replicas)
         return self.cluster.pods(name)
-
-    def unhealthy(self) -> list[str]:
-        """Return the messages of failed probes since the test began."""
-        return [event['message'] for event in kubernetes.items('events')
-                if event['reason'] == 'Unhealthy']
 
     @contextlib.contextmanager
     def watched(self, pods: list[dict[str, Any]]) -> Iterator[None]:

@@ -146,6 +146,25 @@ class Cluster:
         """Return the pods of an application that are ready."""
         return [pod for pod in self.pods(app) if is_ready(pod)]
 
+    def events(self, *reasons: str) -> list[dict[str, Any]]:
+        """Return the events of the existing pods.
+
+        kubelet can report an event of a pod after the pod was deleted.
+        """
+        existing = {pod['metadata']['uid'] for pod in kubernetes.items('pods')}
+        return [event for event in kubernetes.items('events')
+                if event['involvedObject'].get('uid') in existing
+                and event['reason'] in reasons]
+
+    def unanswered_probes(self) -> list[str]:
+        """Return the messages of the failed probes of the existing pods.
+
+        A refused probe is not among them: it has reached the pod, whose
+        server does not listen yet.
+        """
+        return [event['message'] for event in self.events('Unhealthy')
+                if 'connection refused' not in event['message']]
+
     def until_ready(self, app: str, count: int) -> float:
         """Wait until exactly `count` pods exist and are ready.
 
@@ -230,17 +249,18 @@ def deployment(name: str, replicas: int, node: Optional[str] = None,
                      'template': template(name, node, **spec)}}
 
 
-def template(name: str, node: Optional[str] = None, *,
-             period: int = 2, timeout: int = 1,
+def template(name: str, node: Optional[str] = None, *, period: int = 2,
              **spec: Any) -> dict[str, Any]:
     """Return the template of a pod that answers HTTP on port 80.
 
+    The timeout of its probes leaves time for a busy machine, and for TCP,
+    which retransmits a lost first packet after a second.
+
     :param node: the node to run on; any by default
     :param period: seconds between two probes of each kind
-    :param timeout: seconds for which a probe waits for its answer
     """
     probe = {'httpGet': {'path': '/', 'port': 80}, 'periodSeconds': period,
-             'timeoutSeconds': timeout}
+             'timeoutSeconds': 3}
     return {'metadata': {'labels': {'app': name}}, 'spec': {
         **({'nodeSelector': {'kubernetes.io/hostname': node}}
            if node else {}),

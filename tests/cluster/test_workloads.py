@@ -181,7 +181,7 @@ class TestKinds(base.ClusterTestCase):
         kubernetes.delete('cronjobs', 'tick')
         self.until(lambda: not [name for name in kubernetes.names('pods')
                                 if name.startswith('tick')])
-        self.assertEqual([], self.unhealthy())
+        self.assertEqual([], self.cluster.unanswered_probes())
 
 
 class TestCrash(base.ClusterTestCase):
