@@ -302,7 +302,7 @@ class _Sync:
                 if claim or any(map(self.ledger.records.get, parent.live)):
                     self.engine.devices.ensure(
                         self.netlink, parent.name, claim, parent.device,
-                        any(address.version == 6 for address in parent.live))
+                        parent.has_ipv6)
                     guard = Guard(self.options, self.ledger, parent.device)
                     # If the guard cannot be loaded, it was not repaired, and
                     # ensure() has logged the error.
@@ -343,7 +343,7 @@ class _Sync:
         if parent.link is None or self._is_skipped(parent):
             return  # there is no break0, or another ledger owns it
         guard = Guard(self.options, self.ledger, parent.device)
-        works = _works(parent, plan, moved)
+        works = _works(plan, snapshot, moved)
         unread = {work.address for work in works}
         for start in range(0, len(works), CHANGED_AT_ONCE):
             read: set[model.IPAddress] = set()
@@ -394,15 +394,17 @@ class _Sync:
         return False
 
 
-def _works(parent: Parent, plan: Plan,
+def _works(plan: Plan, snapshot: Snapshot,
            moved: Collection[model.IPAddress]) -> list[Work]:
     """Return the works of a plan, in the order of their addresses.
+
+    The claim on an address may be on another parent than the items.
 
     :param moved: addresses to omit, because their items were changed already
     """
     added, deleted = model.by_address(plan.set), model.by_address(plan.unset)
     return [Work(address, tuple(added.get(address, ())),
-                 tuple(deleted.get(address, ())), parent.live.get(address))
+                 tuple(deleted.get(address, ())), snapshot.live.get(address))
             for address in sorted(added.keys() | deleted.keys(),
                                   key=model.address_order)
             if address not in moved]

@@ -377,6 +377,18 @@ class TestReconciler(EngineTestCase):
                 self.assertEqual([(reason, 1)], [
                     each[:2] for each in self.ledger().journal.drain()])
 
+    def test_a_repair_is_counted_by_the_claim_on_another_parent(self) -> None:
+        self.fake.add_link('eth1')
+        self.bind(POD)
+        self.bind(OTHER, owner=OTHER_OWNER, netns='/b', parent='eth1')
+        self.ledger().journal.drain()
+        self.fake.set_route(HostRoute(
+            OTHER, self.fake.links['break0'].index, 176, 254, None, 50))
+        self.sync()
+        self.assertEqual(1, len(self.fake.routes_to(OTHER, 254)))
+        self.assertEqual([(journal.Done.ROUTE, 1)], [
+            each[:2] for each in self.ledger().journal.drain()])
+
     def test_each_record_is_parsed_once(self) -> None:
         addresses = [POD + number for number in range(20)]
         self.bind(*addresses)
