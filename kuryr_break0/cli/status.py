@@ -188,7 +188,9 @@ class Status:
             return 'off'
         if not parent.live or parent.node is None:
             return None  # the guard was not read
-        return 'faulty' if parent.guard else 'loaded'
+        if parent.guard:
+            return 'faulty'
+        return 'loaded' if parent.is_guarded else 'unavailable'
 
     def _address_as_json(self, address: model.IPAddress) -> dict[str, Any]:
         record = self._snapshot.live.get(address)

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from typing import Collection, Iterator
 
-from kuryr_break0.break0.guard import Guard
+from kuryr_break0.break0.guard import is_installed
 from kuryr_break0.break0.guard import NO_NFT
+from kuryr_break0 import config
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor import known
@@ -109,9 +110,9 @@ def _check_answers() -> Iterator[Finding]:
 
 
 def _check_guard(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Report a guard that cannot be loaded, and never was."""
-    guard = Guard(node.options, node.ledger, parent.device)
-    if guard.is_wanted and not guard.is_possible and parent.guard is None:
+    """Report that nft, which loads the guard, is not installed."""
+    if node.options.guard == config.AUTO and not (
+            parent.guard or parent.is_guarded or is_installed()):
         yield KINDS['guard-unavailable'].finding(
             '%s, so %s has no guard' % (NO_NFT, parent.device))
 

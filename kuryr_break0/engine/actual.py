@@ -274,8 +274,9 @@ class _Reading:
             name=name, device=device_name, parent=parent, present=link,
             link=usable, conflict=conflict,
             ownership=ownership(usable, identity, options.state_dir),
-            differences=differences, guard=guard if live else None, live=live,
-            desired=desired, plan=changes, routes=routes,
+            differences=differences, guard=guard if live else None,
+            is_guarded=entries is not None, live=live, desired=desired,
+            plan=changes, routes=routes,
             neighbours={each.dst: each for each in neighbours},
             addresses=tuple(address for at, address in self._addresses
                             if at == index), node=node,

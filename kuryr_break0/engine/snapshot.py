@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 from typing import Any, Iterable, Iterator, Optional
 
@@ -41,6 +42,8 @@ class Parent:
         :class:`~kuryr_break0.break0.device.Difference` of its break0
     :ivar guard: defect of the guard of its break0; None if there is no defect,
         or if no pod is on the parent
+    :ivar is_guarded: whether the kernel has the table of the guard of its
+        break0
     :ivar live: newest claim of an existing sandbox on each address
     :ivar desired: neighbours and routes that the addresses of ``live`` must
         have
@@ -61,6 +64,7 @@ class Parent:
     ownership: Ownership
     differences: tuple[tuple[str, str], ...]
     guard: Optional[str]
+    is_guarded: bool
     live: dict[model.IPAddress, model.Record]
     desired: dict[model.IPAddress, tuple[model.Entry, ...]]
     plan: Plan
@@ -75,6 +79,11 @@ class Parent:
         """Return the other ledger that its break0 belongs to, or None."""
         return (Alias.parse(self.link.alias) if self.link is not None
                 and self.ownership.is_foreign else None)
+
+    @functools.cached_property
+    def has_ipv6(self) -> bool:
+        """Return whether a pod on the parent has an IPv6 address."""
+        return any(address.version == 6 for address in self.live)
 
     def is_configured(self, record: model.Record) -> bool:
         """Return whether a pod was configured with the current node addresses.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -55,6 +56,12 @@ class TestStatus(CLITestCase):
         self.assertRegex(
             self.call('status', OS_BREAK0__GUARD='off').stdout,
             row % ('off', 'stopped'))
+        nft = shutil.which('nft', path='/usr/sbin:/sbin') or ''
+        self.lab.run('mount', '--bind', '/dev/null', nft)
+        self.addCleanup(self.lab.run, 'umount', nft)
+        self.call('sync')
+        self.assertRegex(self.call('status').stdout,
+                         row % ('unavailable', 'stopped'))
         self.lab.run('ip', 'link', 'del', 'break0')
         self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth')
         status = json.loads(self.call('status', '--json').stdout)
