@@ -23,6 +23,7 @@ from kuryr_break0 import model
 #: than the parent. This is the maximum number of such addresses.
 MAX_ELSEWHERE = 16
 _NOWHERE = ipaddress.ip_address('192.0.2.1')  # RFC 5737
+NOT_ALLOWED = 'outside [break0] allowed_cidrs'
 OWN = 'an address of the node itself'
 NO_HOST = 'not a host address, according to the routes of the node'
 NEXT_HOP = 'a next hop of a route of the node'
@@ -79,7 +80,7 @@ class Policy:
         allowed = self._options.allowed_cidrs
         if reason is None and allowed and not any(
                 address in network for network in allowed):
-            return 'outside [break0] allowed_cidrs'
+            return NOT_ALLOWED
         if reason is not None:
             return reason
         if address in facts.node_addresses:

@@ -71,11 +71,8 @@ def _commands(kind: str, unserved: Sequence[containers.Unserved],
             str(options.parent)) else host.set(
                 parent=min(each.macvlan.parent for each in unserved))
     if kind == 'container-not-allowed':
-        # No option allows an address that is not the address of one host.
-        unserved = [each for each in unserved if each.address is not None
-                    and model.explain_non_host(each.address) is None]
         return host.set(allowed_cidrs=with_networks(
-            _addresses(unserved), options)) if unserved else []
+            _addresses(unserved), options))
     if kind == 'container-not-discovered':
         if host.has_kuryr:
             return ['kuryr-break0 adopt']

@@ -188,7 +188,7 @@ class _Judge:
         reason = self._policy.refusal(address, model.Origin.DISCOVERED,
                                       self._snapshot.facts)
         if reason is not None:
-            return (Reason.NOT_ALLOWED if self._policy.refusal(address)
+            return (Reason.NOT_ALLOWED if reason == policy.NOT_ALLOWED
                     else Reason.REFUSED), 'it is ' + reason
         if address in macvlan.duplicates:
             return Reason.DUPLICATE, ('duplicate address detection has '

@@ -22,6 +22,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Ownership
 from kuryr_break0 import model
+from kuryr_break0 import policy
 
 #: Subject of the problems of the node itself.
 NODE = 'the node'
@@ -160,7 +161,7 @@ def of_device(parent: Parent, snapshot: Snapshot) -> Iterator[Problem]:
                           else '%s, and %s' % (parent.guard, NO_NFT)))
     # The loop above omits 'ipv6', a difference that exists only if a sync can
     # enable IPv6. Report disabled IPv6 in all cases.
-    if (any(address.version == 6 for address in live)
+    if (parent.has_ipv6
             and kernel.read_sysctl(device.DISABLE_IPV6 % name) != 0):
         yield problem('ipv6-disabled', device.ipv6_text(name))
 
@@ -210,7 +211,7 @@ def _of_addresses(snapshot: Snapshot) -> Iterator[Problem]:
                 else 'neighbour-stale', address, 'no container claims it')
     for address, reason in snapshot.refused.items():
         yield Problem(
-            'address-not-allowed' if 'allowed_cidrs' in reason
+            'address-not-allowed' if reason == policy.NOT_ALLOWED
             else 'address-refused', address, 'it is ' + reason)
     for address, rivals in snapshot.rivals.items():
         yield Problem('address-contested', address, 'it is claimed by %s too'

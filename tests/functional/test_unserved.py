@@ -174,9 +174,18 @@ class TestReasons(UnservedTestCase):
     def test_of_no_single_host(self) -> None:
         self.lab.add_pod('one', '224.0.0.7')
         self.configure('discover = true', 'allowed_cidrs = 100.75.0.0/16')
-        finding = self.finding('container-not-allowed')
+        finding = self.finding('container-refused')
         self.assertIn('a multicast address', finding['seen'])
         self.assertEqual([], finding['commands'])
+
+    def test_the_address_of_break0(self) -> None:
+        """Another value of allowed_cidrs would not help."""
+        self.lab.add_pod('one', ONE)
+        self.configure('discover = true', 'allowed_cidrs = 100.76.0.0/16',
+                       'addr = ' + ONE)
+        self.assertIn('an address of the node itself',
+                      self.finding('container-refused')['seen'])
+        self.assertEqual([(ONE, 'refused')], self.status())
 
     def test_another_parent(self) -> None:
         self.lab.add_pod('one', ONE)
