@@ -97,7 +97,7 @@ class Break0Manager:
         with contextlib.suppress(exceptions.LedgerUnavailable):
             self._ledger.prepare()  # refusal() writes the cache
         for address in addresses:
-            reason = self.refusal(address, parent, origin)
+            reason = self._engine.admission.refusal(address, parent, origin)
             if reason is None:
                 usable.append(address)
             else:
@@ -130,10 +130,16 @@ class Break0Manager:
                 self.sync()
         failure.raise_first()
 
-    def refusal(self, address: model.IPAddress, parent: str,
-                origin: Optional[model.Origin]) -> Optional[str]:
-        """Return why :meth:`bind` refuses an address, or None."""
-        return self._engine.admission.refusal(address, parent, origin)
+    def check(self, record: model.Record) -> None:
+        """Raise the error that a yielding bind of an address would raise.
+
+        :param record: the claim that the bind would add
+        :raises AddressRefused: if the policy refuses the address
+        :raises AddressTaken: if another existing sandbox has claimed it
+        :raises ForeignRoute: if another program has set a route to it
+        :raises LedgerUnavailable: if the earlier claims cannot be read
+        """
+        self._engine.check(record)
 
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: model.Owner,

@@ -18,7 +18,6 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0 import model
-from kuryr_break0 import policy
 
 if TYPE_CHECKING:
     from kuryr_break0.kuryr.api import Port
@@ -137,7 +136,6 @@ class Adopter:
             and parent in (None, macvlan.parent)}
         self._dry_run = dry_run
         self._ledger = Ledger(options.state_dir)
-        self._policy = policy.Policy(options)
         self._manager = Break0Manager(options)
 
     def adopt(self, port: Port) -> Finding:
@@ -183,16 +181,10 @@ class Adopter:
             if (record is not None and record.namespace is not None
                     and record.namespace.is_same(macvlan.namespace)):
                 continue
-            if (record is not None and self._dry_run and kernel.judge_state(
-                    *record.place)
-                    is not kernel.State.GONE):
-                raise exceptions.AddressTaken(  # as Break0Manager.bind() does
-                    address=address, owner=record.owner, **vars(record.owner))
             if self._dry_run:
-                reason = self._manager.refusal(address, macvlan.parent,
-                                               model.Origin.KURYR)
-                if reason is not None:
-                    raise self._policy.refused(address, reason)
+                self._manager.check(model.Record(
+                    address, owner, macvlan.parent, port.mac,
+                    namespace=macvlan.namespace, origin=model.Origin.KURYR))
             unbound.append(address)
         if unbound and not self._dry_run:
             self._manager.bind(

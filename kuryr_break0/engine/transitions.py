@@ -108,9 +108,7 @@ class Engine:
                      address, record.owner)
             return
         if yielding and added.rivals:
-            failure.add(exceptions.AddressTaken(
-                address=address, owner=added.rivals[0].owner,
-                **vars(added.rivals[0].owner)))
+            failure.add(_taken(added.rivals[0]))
             return
         is_recorded = False
         with (failure.collect(address) if yielding
@@ -119,6 +117,25 @@ class Engine:
             is_recorded = True
         if is_recorded or not yielding:
             transitions[address] = Transition(before, added.after)
+
+    def check(self, record: model.Record) -> None:
+        """Raise the error that :meth:`bind` would add; change nothing.
+
+        See :meth:`kuryr_break0.manager.Break0Manager.check`.
+        """
+        reason = self.admission.refusal(record.address, record.parent,
+                                        record.origin)
+        if reason is not None:
+            raise self._policy.refused(record.address, reason)
+        for rival in claims_.add(record, self._records.claims(
+                record.address), pods.is_gone).rivals:
+            raise _taken(rival)
+        device = self.devices.name(record.parent)
+        index = kernel.find_ifindex(device) if device else None
+        with kernel.Netlink() as netlink:
+            present = netlink.route_to(record.address)
+        routes.require_free(self._policy.route(record.address, index or 0),
+                            filter(None, [present]))
 
     def unbind(self, addresses: Iterable[model.IPAddress],
                is_own: Callable[[model.Record], bool], name: object,
@@ -248,3 +265,8 @@ class Engine:
         if reason is not None:
             LOG.error('%s', self._policy.refused(claim.address, reason))
         return reason is not None
+
+
+def _taken(rival: model.Record) -> exceptions.AddressTaken:
+    return exceptions.AddressTaken(address=rival.address, owner=rival.owner,
+                                   **vars(rival.owner))

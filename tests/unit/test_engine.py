@@ -30,6 +30,7 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
 from tests.functional import base
 from tests.unit import fake
 
@@ -113,6 +114,39 @@ class TestManager(EngineTestCase):
             self.bind(POD, OTHER)
         self.assertEqual({OTHER}, self.routed())
         self.assertEqual({POD, OTHER}, self.recorded())
+
+    def test_a_check_has_the_error_of_a_yielding_bind(self) -> None:
+        def foreign_route() -> None:
+            self.fake.set_route(HostRoute(
+                POD, self.fake.links['eth0'].index, 4, 254))
+
+        def older_claim_of_living_sandbox() -> None:
+            self.bind(POD)
+            self.bind(POD, owner=OTHER_OWNER, netns='/b', mac=OTHER_MAC)
+            self.fake.gone.add(self.fake.namespaces['/b'])
+
+        self.fake.namespaces['/c'] = NamespaceId(4, 110, 1010)
+        owner = Owner('c', 'eth0')
+        record = Record(POD, owner, 'eth0', 'fa:16:3e:00:00:03',
+                        namespace=self.fake.namespaces['/c'])
+        checked = manager.Break0Manager(self.options())
+        for prepare, expected in (
+                (foreign_route, exceptions.ForeignRoute),
+                (older_claim_of_living_sandbox, exceptions.AddressTaken)):
+            with self.subTest(expected=expected.__name__):
+                self.fake.host.clear()
+                checked.check(record)
+                prepare()
+                before = (dict(self.fake.host), self.recorded())
+                with self.assertRaises(expected) as of_check:
+                    checked.check(record)
+                self.assertEqual(before, (self.fake.host, self.recorded()))
+                with self.assertRaises(expected) as of_bind:
+                    self.bind(POD, owner=owner, netns='/c', yielding=True)
+                self.assertEqual(str(of_check.exception),
+                                 str(of_bind.exception))
+                self.unbind(POD)
+                self.unbind(POD, owner=OTHER_OWNER)
 
     def test_a_yielding_bind_needs_a_record(self) -> None:
         asked: list[object] = []
