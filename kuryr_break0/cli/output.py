@@ -63,21 +63,14 @@ def columns() -> int:
     return max(shutil.get_terminal_size((80, 24)).columns, 40)
 
 
-def fold(text: str, indent: str = '') -> str:
-    """Wrap a paragraph to the width of the terminal.
-
-    :param indent: indentation of all lines except the first
-    """
+def say(text: str) -> None:
+    """Print a paragraph, with the words for this host, in lines that fit."""
     import textwrap
 
-    return type(text)(textwrap.fill(
-        safe(text), columns(), subsequent_indent=indent,
-        break_on_hyphens=False, break_long_words=False))
-
-
-def say(text: str) -> None:
-    """Print a paragraph, with the words for this host."""
-    write(fold(speak(text)))
+    text = speak(text)
+    write(type(text)(textwrap.fill(
+        safe(text), columns(), break_on_hyphens=False,
+        break_long_words=False)))
 
 
 def write(text: str, stream: Optional[TextIO] = None) -> None:

@@ -12,15 +12,12 @@ from kuryr_break0 import config
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor import known
-from kuryr_break0.doctor.node import largest_sysctl
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.engine import problems
 from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import kernel
 from kuryr_break0 import model
 from kuryr_break0 import policy
-
-_ARP_FILTER = 'ipv4/conf/%s/arp_filter'
 
 
 def check(node: Node, parent: Parent, netlink: kernel.Netlink,
@@ -127,9 +124,9 @@ def _check_siblings(parent: kernel.Link, netlink: kernel.Netlink,
         if ((link.lower, link.lower_namespace) == parent.lower_of_macvlans
                 and link.name not in ours
                 and link.up and (link.kind, link.mode) == ('macvlan', 'bridge')
-                and not largest_sysctl(_ARP_FILTER, 'all', link.name)
-                and not largest_sysctl('ipv4/conf/%s/arp_ignore', 'all',
-                                       link.name)):
+                and not any(kernel.effective_sysctl(path, link.name)
+                            for path in ('ipv4/conf/%s/arp_filter',
+                                         'ipv4/conf/%s/arp_ignore'))):
             yield KINDS['second-macvlan'].finding(
                 '%s is another macvlan on %s, and answers ARP requests for '
                 'all addresses of the node' % (link.name, parent.name),

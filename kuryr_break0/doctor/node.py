@@ -83,19 +83,6 @@ def sample(items: Sequence[_T], size: int) -> list[_T]:
     return [items[number * len(items) // size] for number in range(size)]
 
 
-def largest_sysctl(path: str, *devices: Optional[str]) -> int:
-    """Return the largest value of a sysctl on several interfaces.
-
-    For arp_filter, arp_ignore and rp_filter, the kernel applies the larger
-    value of ``all`` and the interface (ip-sysctl.rst).
-
-    :param path: path below /proc/sys/net, with ``%s`` for the interface
-    """
-    return max(kernel.read_sysctl(path % device) or 0
-               for device in devices if device is not None)
-
-
 def _without_pod_side(claims: Iterable[model.Record]) -> list[object]:
-    # The pod side is left out: it is recorded after the bind, and no check
-    # compares it.
+    # The pod side is left out, because a bind records it last.
     return [(claim.owner, claim.mac, claim.bound_at) for claim in claims]

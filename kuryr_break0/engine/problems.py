@@ -375,12 +375,9 @@ def is_strict(parent: Parent) -> bool:
     """Return whether rp_filter of a parent is strict.
 
     A strict rp_filter drops packets that a pod sends through its gateway: the
-    packets arrive on the parent, but the route to the pod uses break0. The
-    kernel uses the larger value of ``all`` and the interface
-    (IN_DEV_RPFILTER).
+    packets arrive on the parent, but the route to the pod uses break0.
     """
-    return max(kernel.read_sysctl('ipv4/conf/%s/rp_filter' % name) or 0
-               for name in ('all', parent.name)) == 1
+    return kernel.effective_sysctl('ipv4/conf/%s/rp_filter', parent.name) == 1
 
 
 def unjudged_text(snapshot: Snapshot) -> str:

@@ -51,6 +51,7 @@ from kuryr_break0.kernel.nft import open_node_nft
 from kuryr_break0.kernel.nft import share_nft
 from kuryr_break0.kernel.node import CAP_SYS_ADMIN
 from kuryr_break0.kernel.node import count_host_routes
+from kuryr_break0.kernel.node import effective_sysctl
 from kuryr_break0.kernel.node import find_current_name
 from kuryr_break0.kernel.node import find_ifindex
 from kuryr_break0.kernel.node import find_program

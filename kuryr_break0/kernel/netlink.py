@@ -157,8 +157,9 @@ def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
     return values
 
 
-def parse_list(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
+def parse_list(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Iterate over attributes, of which several may have the same type."""
+    start = 0
     while start + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, start)
         if length < _ATTRIBUTE.size:

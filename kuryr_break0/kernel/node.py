@@ -206,6 +206,17 @@ def read_sysctl(path: str) -> Optional[int]:
     return None
 
 
+def effective_sysctl(path: str, device: str) -> int:
+    """Return the larger value of a sysctl of ``all`` and of an interface.
+
+    For arp_filter, arp_ignore and rp_filter, the kernel uses this value
+    (ip-sysctl.rst).
+
+    :param path: path below /proc/sys/net, with ``%s`` for the interface
+    """
+    return max(read_sysctl(path % name) or 0 for name in ('all', device))
+
+
 def write_sysctl(path: str, value: int,
                  directory: str = '/proc/sys') -> None:
     """Set a sysctl of this thread's network namespace.

@@ -10,7 +10,9 @@ replaced in kuryr-daemon before it forks.
 
 ``get_ipdb``: Kuryr opens IPDB in the node's namespace twice per pod, and IPDB
 reads all routes and neighbours. break0 has a route and a neighbour per pod,
-but Kuryr needs only interfaces and addresses.
+but Kuryr needs only interfaces and addresses. If other ADDs change the routes
+meanwhile, IPDB fails with NetlinkDumpInterrupted: 26 of 240 ADDs failed in a
+burst with Kuryr alone, and none with the patch ("make bench").
 
 ``_configure_l3``: Kuryr adds the pod's addresses with IPDB after the driver
 has returned. If many pods are added at once, IPDB may miss an event, and raise
