@@ -725,7 +725,10 @@ class TestFaults(DiscoveryTestCase):
         self.until_bound(ONE)
         for number in range(2):
             self.lab.run('mount', '--bind', state, state)
-            self.lab.run('mount', '-o', 'remount,bind,ro', state)
+            # mount fails while the agent has a file there open for writing.
+            self.until(lambda: self.lab.run(
+                'mount', '-o', 'remount,bind,ro', state,
+                check=False).returncode == 0)
             if number:
                 self.agent.kill()
                 self.agent.wait()

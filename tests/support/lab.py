@@ -433,6 +433,10 @@ class Lab:
                              ('neighbour', 'show', 'nud', 'permanent')):
                     found['%s %s %s' % (netns, family, what[0])] = self.ip(
                         family, *what, netns=netns)
+                # ip prints neighbours in the order of the kernel's hash table,
+                # which changes when the table grows.
+                found['%s %s neighbour' % (netns, family)].sort(
+                    key=lambda entry: (entry['dev'], entry['dst']))
             found['%s address' % netns] = self.ip('address', netns=netns)
             text = self.run('grep', '-rs', '', '/proc/sys/net', netns=netns,
                             check=False).stdout
