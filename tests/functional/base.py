@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import logging
@@ -22,6 +23,7 @@ from kuryr_break0.engine import actual
 from kuryr_break0.engine import problems
 from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import namespaces
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import journal
 from kuryr_break0 import manager
@@ -150,6 +152,40 @@ class LabTestCase(unittest.TestCase):
         """Skip the test if the kernel has no egress hook of nftables."""
         if not self.has_egress():
             self.skipTest('needs the hook egress of nftables, Linux 5.16')
+
+    def require_rewriting(self) -> None:
+        """Skip the test if the guard cannot rewrite and forward packets.
+
+        The guard does so to answer solicitations and to forward held packets.
+        Linux 7.2, and 6.18 with later fixes, let only root of the machine
+        rewrite packets, not root of a user namespace.
+        """
+        done = self.lab.run(
+            'nft', 'table netdev x { chain c { type filter hook egress device '
+            '"eth0" priority 0; }; chain d { ether saddr set '
+            '02:00:00:00:00:01 fwd to "eth0"; }; }', check=False)
+        if done.returncode:
+            self.skipTest('needs the hook egress of nftables, nft_fwd_netdev '
+                          'and the right to rewrite packets: ' + done.stdout)
+        self.lab.run('nft', 'delete table netdev x')
+
+    def is_blind(self) -> bool:
+        """Return whether cookies are useless, because no namespace opens.
+
+        Linux 7.0, and 6.18 with later fixes, open namespaces by their cookies
+        only in the initial process namespace (may_see_all_namespaces).
+
+        :returns: False also if the kernel has no cookies
+        """
+        other = namespaces.identify_or_fail('/run/netns/lan')
+        if other.cookie is None:
+            return False
+        try:
+            os.close(namespaces.open_by_cookie(other))
+        except OSError as err:
+            self.assertEqual(errno.ESTALE, err.errno)
+            return True
+        return False
 
     def manager(self, **overrides: Any) -> manager.Break0Manager:
         return manager.Break0Manager(options(**overrides))

@@ -27,13 +27,11 @@ class TestCheck(CLITestCase):
     def lacking(self) -> set[str]:
         """Return the warnings that this kernel causes on every node.
 
-        Linux before 5.16 has no egress hook. Linux 7.0 and later does not
-        open namespaces by number outside the initial process namespace.
+        Linux before 5.16 has no egress hook. Linux 7.0 and later opens
+        namespaces by their cookies only in the initial process namespace.
         """
         lacking = set() if self.has_egress() else {'egress-unguarded'}
-        if (kernel.read_release() >= (7, 0)
-                and os.stat('/proc/self/ns/pid').st_ino
-                != 0xeffffffc):  # PROC_PID_INIT_INO
+        if self.is_blind():
             lacking.add('sandbox-unknown')
         return lacking
 

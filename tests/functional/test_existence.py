@@ -82,8 +82,8 @@ class TestJudge(base.LabTestCase):
 
         A container can have thousands of processes.
         """
-        if self.known.cookie is None:
-            return  # without a cookie, the judge must list processes
+        if self.known.cookie is None or self.is_blind():
+            self.skipTest('without a cookie, the judge must list processes')
         for name in 'abc':
             self.lab.add_netns(name)
         self.lab.del_netns('judged')

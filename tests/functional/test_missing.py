@@ -267,6 +267,8 @@ class TestDoubt(MissingTestCase):
         self.assert_stays()
 
     def test_another_namespace_by_now(self) -> None:
+        if self.is_blind():
+            self.skipTest('only the cookie shows that the namespace lives')
         # The path leads to another container's namespace, with an interface
         # of the same name and MAC address.
         self.inside('link set eth0 down')

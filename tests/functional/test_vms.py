@@ -8,7 +8,6 @@ import socket
 import struct
 from typing import Optional
 
-from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.cli_base import CLITestCase
@@ -30,23 +29,6 @@ def power_on(test: base.LabTestCase, name: str, *addresses: str,
         test.skipTest('no macvtap can be opened here, as root of the '
                       'machine can: %s' % err)
         raise AssertionError from err
-
-
-def require_answers(test: base.LabTestCase) -> None:
-    """Skip a test where the guard cannot answer solicitations."""
-    if test.lab.run('nft', 'table netdev x { chain c { type filter hook '
-                    'egress device "eth0" priority 0; }; chain d { fwd to '
-                    '"eth0"; }; }', check=False).returncode:
-        test.skipTest('needs the hook egress of nftables, and nft_fwd_netdev')
-    test.lab.run('nft', 'delete table netdev x')
-    if kernel.read_release() >= (7, 0) and not is_root_of_the_machine():
-        test.skipTest('needs root of the machine: 7.2 and perhaps earlier '
-                      'kernels let no user namespace change packets')
-
-
-def is_root_of_the_machine() -> bool:
-    with open('/proc/self/uid_map') as file:
-        return file.read().split() == ['0', '0', str(2 ** 32 - 1)]
 
 
 def checksum(data: bytes) -> int:
@@ -118,7 +100,7 @@ class TestReach(VMTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        require_answers(self)
+        self.require_rewriting()
 
     def test_both_ways_and_families_in_silence(self) -> None:
         with self.lab.capture() as frames:
@@ -181,7 +163,7 @@ class TestAnswers(VMTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        require_answers(self)
+        self.require_rewriting()
         self.bind_both()
         self.mac = self.lab.ip('link', 'show', 'break0')[0]['address']
 
@@ -322,7 +304,7 @@ class TestEnd(VMTestCase):
 class TestDoctor(DoctorTestCase):
 
     def set_up_pods(self) -> None:
-        require_answers(self)
+        self.require_rewriting()
         self.vm = power_on(self, 'one', ONE, ONE6, mac=MAC)
         self.lab.settle()
         self.bind(ONE, ONE6, owner=Owner('one', 'eth0'), mac_of_pod=MAC)
